@@ -1,0 +1,287 @@
+"""SIB-200, and anything shaped like it: folders <language>/{train,dev,test}.tsv with a `category` and a `text` column.
+
+The data of the paper's section "Data": topic classification, 7 classes, 205 parallel languages, 701 / 99 / 204
+sentences each. This file needs torch and numpy (and huggingface_hub to download) and knows nothing of the model.
+
+    python data.py --data DIR            # counts per language and split, or what is wrong with the files
+    205 languages, 205,820 sentences: train 701, dev 99, test 204 in every language       (4 s on two cores)
+"""
+import argparse
+import csv
+import difflib
+import hashlib
+import io
+import os
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+# SIB-200's order, that of its labels.txt. Any other order, the alphabetical one say, silently permutes the head.
+LABELS = ("science/technology", "travel", "politics", "sports", "health", "entertainment", "geography")
+SPLITS = ("train", "dev", "test")
+MAX_BYTES = 256 << 20
+
+
+class Sentence(NamedTuple):
+    """One row: `index_id` is the same in all languages, `label` counts from 0 in the corpus's label order."""
+    index_id: str
+    label: int
+    text: str
+
+
+def nearest(word, words):
+    """' (did you mean ...?)' for the nearest of `words`, or ''."""
+    match = difflib.get_close_matches(word, list(words), 1, 0.5)
+    return f" (did you mean {match[0]}?)" if match else ""
+
+
+def read_tsv(path, labels=LABELS):
+    """Read one split -> list of Sentence, texts exactly as they stand (not stripped, not normalised).
+
+    SIB-200 is written by pandas: a field with a quote character is quoted and its quotes are doubled (7,688 of
+    205,820 rows), so this is csv, strictly. A BOM and CRLF are accepted, empty lines skipped. Raises
+    FileNotFoundError, or ValueError with file and line for anything that is not clean.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"{path}: larger than {MAX_BYTES >> 20} MB")
+    raw = path.read_bytes()
+    try:
+        content = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path}:{raw[:e.start].count(10) + 1}: not UTF-8 (byte 0x{raw[e.start]:02x})") from None
+    if "\0" in content:
+        raise ValueError(f"{path}:{content[:content.index(chr(0))].count(chr(10)) + 1}: holds a NUL byte")
+    number = {name: i for i, name in enumerate(labels)}
+    reader = csv.reader(io.StringIO(content, newline=""), delimiter="\t", strict=True)
+    sentences, header = [], None
+    try:
+        for row in reader:
+            at = f"{path}:{reader.line_num}"
+            if not row:
+                continue
+            if header is None:
+                header = row
+                for column in ("category", "text"):
+                    if header.count(column) != 1:
+                        raise ValueError(f"{at}: the header must name a column {column!r} once, it is {header[:6]}")
+                category, text = header.index("category"), header.index("text")
+                index_id = header.index("index_id") if "index_id" in header else None
+                continue
+            if len(row) != len(header):
+                raise ValueError(f"{at}: {len(row)} fields, the header has {len(header)}")
+            if row[category] not in number:
+                raise ValueError(f"{at}: unknown category {row[category][:60]!r}, known are {', '.join(labels)}; "
+                                 f"another label set goes into a file labels.txt beside the languages, one a line")
+            if not row[text].strip():
+                raise ValueError(f"{at}: empty text")
+            name = str(len(sentences)) if index_id is None else row[index_id]
+            sentences.append(Sentence(name, number[row[category]], row[text]))
+    except csv.Error as e:
+        raise ValueError(f"{path}:{reader.line_num}: {e} (an unclosed or stray quote?)") from None
+    if header is None:
+        raise ValueError(f"{path}: empty file")
+    if len({s.index_id for s in sentences}) != len(sentences):
+        twice = Counter(s.index_id for s in sentences).most_common(1)[0][0]
+        raise ValueError(f"{path}: index_id {twice!r} stands twice")
+    return sentences
+
+
+class Corpus:
+    """A folder <language>/{train,dev,test}.tsv. `labels` come from labels.txt beside or in the language folders,
+    otherwise they are SIB-200's seven. Raises FileNotFoundError if the folder holds no language."""
+
+    def __init__(self, root):
+        self.root = Path(root)
+        if not self.root.is_dir():
+            raise FileNotFoundError(f"{root}: no such folder")
+        self._languages = sorted(d.name for d in self.root.iterdir() if d.is_dir() and any(
+            (d / f"{s}.tsv").is_file() for s in (*SPLITS, "validation")))
+        if not self._languages:
+            raise FileNotFoundError(f"{root}: no folder <language>/{{train,dev,test}}.tsv here")
+        self.labels, source = LABELS, None
+        for file in [self.root / "labels.txt", *(self.root / d / "labels.txt" for d in self._languages)]:
+            if not file.is_file():
+                continue
+            try:
+                if file.stat().st_size > 1 << 20:
+                    raise ValueError("larger than 1 MB")
+                names = tuple(x for x in file.read_text("utf-8-sig").splitlines() if x.strip())
+            except ValueError as e:
+                raise ValueError(f"{file}: not readable: {e}") from None
+            if len(set(names)) != len(names) or len(names) < 2:
+                raise ValueError(f"{file}: must name two or more labels, each once, one a line")
+            if source and names != self.labels:
+                raise ValueError(f"{file}: other labels than {source}")
+            self.labels, source = names, file
+
+    def languages(self):
+        """All language codes, sorted."""
+        return list(self._languages)
+
+    def check(self, languages):
+        """Raise ValueError for a language that is not in the corpus, naming the nearest code."""
+        for name in languages:
+            if name not in self._languages:
+                raise ValueError(f"no language {name!r} in {self.root}{nearest(name, self._languages)}")
+
+    def read(self, language, split):
+        """-> list of Sentence. `dev` and `validation` are the same split. Raises ValueError for an unknown language
+        or an empty split, FileNotFoundError for a missing one."""
+        self.check([language])
+        folder = self.root / language
+        names = ("dev", "validation") if split in ("dev", "validation") else (split,)
+        path = next((folder / f"{n}.tsv" for n in names if (folder / f"{n}.tsv").is_file()), folder / f"{split}.tsv")
+        if not path.is_file():
+            has = ", ".join(sorted(p.name for p in folder.glob("*.tsv")))
+            raise FileNotFoundError(f"{path}: no such split; {language} has {has}")
+        sentences = read_tsv(path, self.labels)
+        if not sentences:
+            raise ValueError(f"{path}: no sentence in this split")
+        return sentences
+
+
+def fingerprint(sentences):
+    """A short hash of ids, labels and texts: tells whether two runs saw the same data."""
+    digest = hashlib.sha256()
+    for s in sentences:
+        digest.update(repr(tuple(s)).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()[:16]
+
+
+def locate(name, revision="main"):
+    """-> (folder that holds the languages, revision): `name` is a folder, or a dataset on the hub.
+
+    The hub's files come in one snapshot: hundreds of single requests end in "429 too many requests". Raises
+    FileNotFoundError with what was wanted and what to do instead.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return (folder / "data" if (folder / "data").is_dir() else folder), "local"
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or ".." in str(name):
+        raise FileNotFoundError(f"data.name: {str(name)!r} is neither a folder nor a dataset's name on the hub")
+    from huggingface_hub import snapshot_download
+    try:
+        snapshot = Path(snapshot_download(name, repo_type="dataset", revision=revision, max_workers=4,
+                                          allow_patterns=["data/*/*.tsv", "data/*/labels.txt"]))
+    except Exception as e:  # the hub's client raises its own, httpx's, requests' and the system's errors
+        raise FileNotFoundError(
+            f"cannot get dataset {name} (revision {revision}) from the hub: {type(e).__name__}: "
+            f"{(str(e).strip() or 'no answer').splitlines()[0][:150]}; with a copy on disk use --data FOLDER") from None
+    return (snapshot / "data" if (snapshot / "data").is_dir() else snapshot), snapshot.name
+
+
+# ---- from texts to batches ------------------------------------------------------------------------------------------
+
+def encode(texts, tokenizer, max_length):
+    """Tokenize all texts at once -> list of lists of token ids, special tokens included, cut at max_length."""
+    if not texts:
+        return []
+    ids = tokenizer(list(texts), truncation=True, max_length=max_length, padding=False,
+                    return_attention_mask=False, return_token_type_ids=False)["input_ids"]
+    for text, row in zip(texts, ids):
+        if not row:
+            raise ValueError(f"the tokenizer makes no token of {text[:60]!r}")
+    return ids
+
+
+def collate(rows, pad_id, multiple=1):
+    """Lists of token ids -> input_ids, attention_mask, both (B, T) int64, padded on the *right*: left padding would
+    shift the positions that XLM-R gives to `inputs_embeds`. T is rounded up to a multiple."""
+    T = -(-max(map(len, rows)) // multiple) * multiple
+    ids = np.full((len(rows), T), pad_id, dtype=np.int64)
+    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+    for i, row in enumerate(rows):
+        ids[i, :len(row)] = row
+    return torch.from_numpy(ids), torch.from_numpy((np.arange(T) < lengths[:, None]).astype(np.int64))
+
+
+def length_batches(lengths, batch_size, seed, epoch):
+    """One epoch's batches for training -> list of index arrays, a pure function of its arguments.
+
+    Sentences are grouped by length (a little noise on the length mixes the groups anew each epoch), then the batches
+    are shuffled. `seed` decides which sentences meet; the order of the groups depends on the epoch alone, so that
+    learners with different seeds have batches of like length at each step and can be joined without more padding.
+    """
+    noise = np.random.default_rng([seed, epoch]).random(len(lengths))
+    order = np.argsort(np.asarray(lengths) * (1 + 0.04 * noise) + noise, kind="stable")
+    groups = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+    return [groups[i] for i in np.random.default_rng([205, epoch]).permutation(len(groups))]
+
+
+def token_batches(lengths, budget, extra=0):
+    """Batches for evaluation -> list of index arrays: sorted by length, longest first (so that too little memory shows
+    at once), as many rows as fit `budget` positions with `extra` prompt rows each. Whoever uses them puts the results
+    back into the old order."""
+    order, batches, start = np.argsort(-np.asarray(lengths), kind="stable"), [], 0
+    while start < len(order):
+        rows = max(1, budget // (lengths[order[start]] + extra))
+        batches.append(order[start:start + rows])
+        start += rows
+    return batches
+
+
+def main(argv=None):
+    """Print counts per language and split, and check what a run relies on."""
+    parser = argparse.ArgumentParser(description="Counts of a corpus, or what is wrong with its files.")
+    parser.add_argument("--data", required=True, help="folder <language>/{train,dev,test}.tsv, or a dataset on the hub")
+    parser.add_argument("--revision", default="main", help="of the dataset on the hub (default: main)")
+    args = parser.parse_args(argv)
+    root, _ = locate(args.data, args.revision)
+    corpus = Corpus(root)
+    counts, labels, overlap, total, wrong = {}, {}, {}, 0, []
+    for language in corpus.languages():
+        seen = {}
+        for split in SPLITS:
+            try:
+                seen[split] = corpus.read(language, split)
+            except (ValueError, FileNotFoundError) as e:
+                wrong.append(str(e))
+                seen[split] = []
+        counts[language] = tuple(len(seen[s]) for s in SPLITS)
+        labels[language] = tuple(tuple(sorted(Counter(s.label for s in seen[p]).items())) for p in SPLITS)
+        total += sum(counts[language])
+        shared = {s.text for s in seen["train"]} & {s.text for s in seen["test"]}
+        if shared:
+            overlap[language] = len(shared)
+    print(f"{'language':<14}" + "".join(f"{s:>8}" for s in SPLITS))
+    for language, row in counts.items():
+        print(f"{language:<14}" + "".join(f"{n:>8,}" for n in row))
+    first = corpus.languages()[0]
+    print(f"\n{len(counts)} languages, {total:,} sentences" + (
+        ": " + ", ".join(f"{s} {n}" for s, n in zip(SPLITS, counts[first])) + " in every language"
+        if len(set(counts.values())) == 1 else "; the languages differ in size"))
+    print(f"labels of {first}, {' / '.join(SPLITS)}" + (
+        " (the same in every language):" if len(set(labels.values())) == 1 else "; the languages differ:"))
+    for i, name in enumerate(corpus.labels):
+        print(f"  {name:<22}" + " / ".join(str(dict(split).get(i, 0)) for split in labels[first]))
+    if overlap:
+        print("test sentences that are also in train: " + ", ".join(f"{k} {n}" for k, n in overlap.items()))
+    for line in wrong:
+        print(f"error: {line}", file=sys.stderr)
+    return 2 if wrong else 0
+
+
+def run_main(main):
+    """Run a script's main: every error that a person can cause ends in one line and status 2."""
+    try:
+        code = main()
+        sys.stdout.flush()
+        sys.exit(code)
+    except BrokenPipeError:                     # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (ValueError, OSError) as e:
+        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    run_main(main)
