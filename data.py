@@ -14,6 +14,7 @@ import io
 import os
 import re
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -156,26 +157,45 @@ def fingerprint(sentences):
     return digest.hexdigest()[:16]
 
 
+def download(name, revision, kind, patterns):
+    """Fetch what matches `patterns` of a hub repository in one snapshot -> its folder, named after the commit.
+
+    One snapshot, because hundreds of single requests end in "429 too many requests". Passing trouble is tried
+    again; then FileNotFoundError says in one line what was wanted and why it could not be had.
+    """
+    import huggingface_hub
+    for wait in (1, 4, 16, None):
+        try:
+            return Path(huggingface_hub.snapshot_download(name, repo_type=kind, revision=revision, max_workers=4,
+                                                          allow_patterns=patterns))
+        except Exception as e:      # the hub's client raises its own, httpx's, requests' and the system's errors
+            status = getattr(getattr(e, "response", None), "status_code", None)
+            passing = status in (408, 429, 500, 502, 503, 504) or "Timeout" in type(e).__name__
+            if wait is None or not passing:
+                line = (str(e).strip() or "no answer").splitlines()[0][:160]
+                login = "; `hf auth login` first" if status in (401, 403) else ""
+                raise FileNotFoundError(f"cannot get the {kind} {name} (revision {revision}) from the hub: "
+                                        f"{type(e).__name__}: {line}{login}") from None
+            time.sleep(wait)
+
+
 def locate(name, revision="main"):
     """-> (folder that holds the languages, revision): `name` is a folder, or a dataset on the hub.
 
-    The hub's files come in one snapshot: hundreds of single requests end in "429 too many requests". Raises
-    FileNotFoundError with what was wanted and what to do instead.
+    Raises FileNotFoundError with what was wanted and what to do instead.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return (folder / "data" if (folder / "data").is_dir() else folder), "local"
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or ".." in str(name):
+        revision = "local"
+    elif not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or ".." in str(name):
         raise FileNotFoundError(f"data.name: {str(name)!r} is neither a folder nor a dataset's name on the hub")
-    from huggingface_hub import snapshot_download
-    try:
-        snapshot = Path(snapshot_download(name, repo_type="dataset", revision=revision, max_workers=4,
-                                          allow_patterns=["data/*/*.tsv", "data/*/labels.txt"]))
-    except Exception as e:  # the hub's client raises its own, httpx's, requests' and the system's errors
-        raise FileNotFoundError(
-            f"cannot get dataset {name} (revision {revision}) from the hub: {type(e).__name__}: "
-            f"{(str(e).strip() or 'no answer').splitlines()[0][:150]}; with a copy on disk use --data FOLDER") from None
-    return (snapshot / "data" if (snapshot / "data").is_dir() else snapshot), snapshot.name
+    else:
+        try:
+            folder = download(name, revision, "dataset", ["data/*/*.tsv", "data/*/labels.txt"])
+        except FileNotFoundError as e:
+            raise FileNotFoundError(f"{e}; with a copy on disk use --data FOLDER") from None
+        revision = folder.name
+    return (folder / "data" if (folder / "data").is_dir() else folder), revision
 
 
 # ---- from texts to batches ------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ import yaml
 from tqdm import tqdm
 
 import xpe
-from data import Corpus, collate, encode, fingerprint, locate, nearest, run_main, token_batches
+from data import Corpus, collate, download, encode, fingerprint, locate, nearest, run_main, token_batches
 
 HERE = Path(__file__).resolve().parent
 DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -221,7 +221,7 @@ def predict(model, encoded, pad_id, owner=None, budget=16384, autocast=nullconte
     logits = torch.full((len(encoded), model.head.config["classes"]), float("nan"))
     P = 0 if model.prompt is None else model.prompt.length
     batches = token_batches([len(x) for x in encoded], budget, P)
-    with tqdm(total=len(encoded), unit=" sentences", leave=False, disable=not progress) as bar:
+    with tqdm(total=len(encoded), unit=" sentences", leave=False, disable=None if progress else True) as bar:
         for rows in batches:
             ids, mask = collate([encoded[i] for i in rows], pad_id)
             with autocast():
@@ -273,7 +273,10 @@ class Run:
     def __init__(self, where, backbone=None, data=None):
         folder = Path(where)
         if not folder.is_dir():
-            folder = self._download(str(where))
+            name, _, revision = str(where).partition("@")
+            if not re.fullmatch(r"\w[\w-]*/[\w.-]+", name) or name.startswith("runs/"):
+                raise FileNotFoundError(f"{where}: no such run folder")
+            folder = download(name, revision or "main", "model", ["*.json", "*.safetensors", "config.yaml"])
         self.folder, self.name = folder, Path(where).resolve().name if Path(where).is_dir() else str(where)
         self.prompt, self.head, self.meta = xpe.load_prompt(folder)
         saved = folder / "config.yaml"
@@ -287,19 +290,6 @@ class Run:
         self.config["backbone"]["name"] = backbone or self.meta["backbone"]["name"]
         self.config["backbone"]["revision"] = self.meta["backbone"]["revision"].replace("local", "main")
         self.config["data"]["name"] = data or self.config["data"]["name"]
-
-    @staticmethod
-    def _download(where):
-        name, _, revision = where.partition("@")
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith(("runs/", ".")):
-            raise FileNotFoundError(f"{where}: no such run folder")
-        from huggingface_hub import snapshot_download
-        try:
-            return Path(snapshot_download(name, revision=revision or "main",
-                                          allow_patterns=["*.json", "*.safetensors", "config.yaml"]))
-        except Exception as e:
-            raise FileNotFoundError(f"{where}: neither a folder nor to be had from the hub: {type(e).__name__}: "
-                                    f"{(str(e).strip() or 'no answer').splitlines()[0][:150]}") from None
 
     def key(self):
         """Runs with equal keys can share one pass through the backbone."""

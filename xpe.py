@@ -1,16 +1,16 @@
 """Soft prompts for a frozen encoder: SPT, XPE and DUAL, one prompt or K of them side by side.
 
-The method of "Cross-Prompt Encoder for Low-Performing Languages" (Findings of IJCNLP-AACL 2025, arXiv 2508.10352).
-This file needs torch alone and stands alone: copy it. Any module with `get_input_embeddings()` that takes
-`inputs_embeds` and `attention_mask` can be the backbone.
+The method of "Cross-Prompt Encoder for Low-Performing Languages" (IJCNLP-AACL Findings 2025, arXiv
+2508.10352). This file needs torch alone and stands alone: copy it. Any module with `get_input_embeddings()`
+that takes `inputs_embeds` and `attention_mask` can be the backbone.
 
     backbone = AutoModel.from_pretrained("FacebookAI/xlm-roberta-large")
-    model = PromptedClassifier(backbone, SoftPrompt(1024, ratio=1.0, hidden=256), ClassificationHead(1024, 7))
-    loss = F.cross_entropy(model(input_ids, attention_mask), labels)     # trains 1,668,615 numbers of 560 million
+    model = PromptedClassifier(backbone, SoftPrompt(1024, ratio=1.0), ClassificationHead(1024, 7))
+    loss = F.cross_entropy(model(input_ids, attention_mask), labels)   # trains 1,668,615 of 560 million
 
-Letters: B rows of a batch, T text tokens, P prompt rows, H backbone width, D encoder width, C classes, and K prompts:
-every trainable tensor has a leading K, so that K prompts (ten seeds, say) train in one pass through one backbone.
-K = 1 is the plain case. In an attention mask 1 is a token and 0 is padding.
+Letters: B rows of a batch, T text tokens, P prompt rows, H backbone width, D encoder width, C classes, and K
+prompts: every trainable tensor has a leading K, so that K prompts (ten seeds, say) train in one pass through
+one backbone. K = 1 is the plain case. In an attention mask 1 is a token and 0 is padding.
 """
 import json
 import os
@@ -23,10 +23,11 @@ import torch.nn.functional as F
 from torch import nn
 
 ENCODERS = ("mlp", "lstm", "attention", "none")
+KINDS = ("spt", "xpe", "dual", "head", "full")
 READS = ("prompt", "first", "mean", "last")
 
 
-# ---- layers with a leading K --------------------------------------------------------------------------------------
+# ---- layers with a leading K -------------------------------------------------------------------------------
 
 def _stackable(tensor):
     """A new parameter (1, ...): one slice of a stack of K."""
@@ -47,8 +48,8 @@ class Linears(nn.Module):
 
 
 class Dropout(nn.Module):
-    """Dropout over (K, ...). With `generators` (K of them) slice k draws from the k-th: a prompt that trains among
-    others then sees the very masks that it would see alone."""
+    """Dropout over (K, ...). With `generators` (K of them) slice k draws from the k-th: a prompt that trains
+    among others then sees the very masks that it would see alone."""
 
     def __init__(self, p):
         super().__init__()
@@ -57,15 +58,15 @@ class Dropout(nn.Module):
     def forward(self, x):
         if not self.training or self.p == 0 or self.generators is None:
             return F.dropout(x, self.p, self.training)
-        noise = torch.stack([torch.rand(x.shape[1:], device=x.device, generator=g) for g in self.generators])
-        return torch.where(noise < self.p, 0, x / (1 - self.p))
+        noise = [torch.rand(x.shape[1:], device=x.device, generator=g) for g in self.generators]
+        return torch.where(torch.stack(noise) < self.p, 0, x / (1 - self.p))
 
 
-# ---- the prompt encoders: (K, P, H) embeddings -> (K, rows, P, H) prompt rows --------------------------------------
+# ---- the prompt encoders: (K, P, H) embeddings -> (K, rows, P, H) prompt rows ------------------------------
 
 class MLP(nn.Module):
-    """paper: Linear(H, D) ReLU Dropout, (layers - 1) x [Linear(D, D) ReLU Dropout], Linear(D, H): one MLP for all
-    virtual tokens. "2 layers" are therefore three Linears."""
+    """paper: Linear(H, D) ReLU Dropout, (layers - 1) x [Linear(D, D) ReLU Dropout], Linear(D, H), one MLP for
+    all virtual tokens. "2 layers" are therefore three Linears."""
 
     def __init__(self, n_in, hidden, n_out, layers, dropout):
         super().__init__()
@@ -74,18 +75,19 @@ class MLP(nn.Module):
         self.dropout = Dropout(dropout)
 
     def forward(self, x, rows):
-        # authors' code: the encoder runs on the prompt expanded to the batch, so each row has its own dropout mask.
-        # ours: the first layer comes before any dropout, is the same for every row, and is computed once.
-        x = F.relu(self.linears[0](x))                                              # (K, P, D) or (K, rows, P, D)
+        # authors' code: the encoder runs on the prompt expanded to the batch, so each row has its own dropout
+        # mask. ours: the first layer comes before any dropout, is the same for every row, and runs once.
+        x = F.relu(self.linears[0](x))  # (K, P, D) or (K, rows, P, D)
         if x.dim() == 3:
-            x = x[:, None].expand(-1, rows, -1, -1)                                 # (K, rows, P, D)
+            x = x[:, None].expand(-1, rows, -1, -1)  # (K, rows, P, D)
         for linear in self.linears[1:-1]:
             x = F.relu(linear(self.dropout(x)))
-        return self.linears[-1](self.dropout(x))                                    # (K, rows, P, H)
+        return self.linears[-1](self.dropout(x))  # (K, rows, P, H)
 
 
 class BiLSTM(nn.Module):
-    """authors' code: a bidirectional LSTM over the virtual tokens, then Linear(2D, D) ReLU Dropout Linear(D, H)."""
+    """authors' code: a bidirectional LSTM over the virtual tokens, then Linear(2D, D) ReLU Dropout
+    Linear(D, H)."""
 
     def __init__(self, n_in, hidden, n_out, layers, dropout):
         super().__init__()
@@ -97,57 +99,61 @@ class BiLSTM(nn.Module):
         self.dropout, self.mlp = Dropout(dropout), MLP(2 * hidden, hidden, n_out, 1, dropout)
 
     def forward(self, x, rows):
-        x = x[:, None].expand(-1, rows, -1, -1)                                     # (K, rows, P, H)
+        x = x[:, None].expand(-1, rows, -1, -1)  # (K, rows, P, H)
         zero = x.new_zeros(2, rows, self.hidden)
         for layer in range(self.depth):
             names = [f"{w}_l{layer}{d}" for d in ("", "_reverse")
                      for w in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
             x = torch.stack([torch.lstm(x[k], (zero, zero), [getattr(self, n)[k] for n in names],
                                         True, 1, 0.0, False, True, True)[0] for k in range(len(x))])
-            x = self.dropout(x) if layer + 1 < self.depth else x                    # (K, rows, P, 2D)
+            x = self.dropout(x) if layer + 1 < self.depth else x  # (K, rows, P, 2D)
         return self.mlp(x, rows)
 
 
 class SelfAttention(nn.Module):
-    """authors' code: one post-norm self-attention block over the virtual tokens with an output Linear(H, H), then
-    Linear(H, D) ReLU Dropout(0.1) Linear(D, H). That inner dropout is 0.1 there whatever the configuration says."""
+    """authors' code: one post-norm self-attention block over the virtual tokens with an output Linear(H, H),
+    then Linear(H, D) ReLU Dropout Linear(D, H); that inner dropout is 0.1 there whatever the settings say."""
 
     def __init__(self, n_in, hidden, n_out, heads, dropout):
         super().__init__()
         if n_in % heads:
             raise ValueError(f"prompt.heads: {heads} attention heads do not divide a width of {n_in}")
         self.heads, attention = heads, nn.MultiheadAttention(n_in, heads)
-        self.qkv, self.merge, self.project = Linears(n_in, 3 * n_in), Linears(n_in, n_in), Linears(n_in, n_in)
-        for ours, theirs in ((self.qkv.weight, attention.in_proj_weight), (self.qkv.bias, attention.in_proj_bias),
-                             (self.merge.weight, attention.out_proj.weight), (self.merge.bias, attention.out_proj.bias)):
-            ours.data.copy_(theirs.data)
+        self.qkv, self.merge, self.project = (Linears(n_in, n * n_in) for n in (3, 1, 1))
+        self.qkv.weight, self.qkv.bias = map(_stackable, (attention.in_proj_weight, attention.in_proj_bias))
+        self.merge.weight, self.merge.bias = map(_stackable, attention.out_proj.parameters())
         self.norm_weight, self.norm_bias = _stackable(torch.ones(n_in)), _stackable(torch.zeros(n_in))
         self.dropout, self.mlp = Dropout(dropout), MLP(n_in, hidden, n_out, 1, 0.1)
 
     def forward(self, x, rows):
-        x = x[:, None]                                                              # (K, 1, P, H)
+        x = x[:, None]  # (K, 1, P, H)
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(2, 3) for t in self.qkv(x).chunk(3, -1))
         a = self.merge(F.scaled_dot_product_attention(q, k, v).transpose(2, 3).flatten(-2))
-        x = x + self.dropout(a.expand(-1, rows, -1, -1))                            # (K, rows, P, H)
-        x = F.layer_norm(x, x.shape[-1:]) * self.norm_weight[:, None, None] + self.norm_bias[:, None, None]
+        x = x + self.dropout(a.expand(-1, rows, -1, -1))  # (K, rows, P, H)
+        x = F.layer_norm(x, x.shape[-1:])
+        x = x * self.norm_weight[:, None, None] + self.norm_bias[:, None, None]
         return self.mlp(self.project(x), rows)
 
 
 class NoEncoder(nn.Module):
     """The control: the encoded rows are used as they are."""
 
+    def __init__(self, *_):
+        super().__init__()
+
     def forward(self, x, rows):
         return x[:, None].expand(-1, rows, -1, -1)
 
 
-# ---- the method -----------------------------------------------------------------------------------------------------
+# ---- the method --------------------------------------------------------------------------------------------
 
 class SoftPrompt(nn.Module):
     """`length` prompt rows of a backbone `width` wide: standard rows first, then encoded rows.
 
-    ratio 0 is SPT (every row is itself the parameter), 1 is XPE (every row comes out of the encoder), in between is
-    DUAL: int(length x ratio) rows, at least 1 and at most length - 1, are encoded. `hidden` is D, by default
-    width / 4 (paper: 256 of 1024). paper: all embeddings start from N(0, 1). Raises ValueError for impossible sizes.
+    ratio 0 is SPT (every row is itself the parameter), 1 is XPE (every row comes out of the encoder), in
+    between is DUAL: int(length x ratio) rows, at least 1 and at most length - 1, are encoded. `hidden` is D,
+    by default width / 4 (paper: 256 of 1024). paper: all embeddings start from N(0, 1). Raises ValueError for
+    impossible sizes.
     """
 
     def __init__(self, width, length=20, ratio=1.0, encoder="mlp", hidden=0, layers=2, dropout=0.1, heads=8):
@@ -155,21 +161,19 @@ class SoftPrompt(nn.Module):
         if not 0 <= ratio <= 1:
             raise ValueError(f"prompt.ratio: {ratio} is not a share between 0 (SPT) and 1 (XPE)")
         if length < (1 if ratio in (0, 1) else 2) or width < 1 or layers < 1 or not 0 <= dropout < 1:
-            raise ValueError(f"prompt: no such prompt: length {length}, ratio {ratio}, width {width}, layers {layers}, "
-                             f"dropout {dropout}")
+            raise ValueError(f"prompt: impossible sizes: length {length}, ratio {ratio}, width {width}, "
+                             f"layers {layers}, dropout {dropout}")
         if encoder not in ENCODERS:
             raise ValueError(f"prompt.encoder: {encoder!r} is none of {', '.join(ENCODERS)}")
         hidden = hidden or max(1, width // 4)
-        self.config = dict(width=width, length=length, ratio=ratio, encoder=encoder, hidden=hidden, layers=layers,
-                           dropout=dropout, heads=heads)
-        encoded = int(ratio) * length if ratio in (0, 1) else max(1, min(length - 1, int(length * ratio)))
+        self.config = dict(width=width, length=length, ratio=ratio, encoder=encoder, hidden=hidden,
+                           layers=layers, dropout=dropout, heads=heads)
+        encoded = int(length * ratio) if ratio in (0, 1) else max(1, min(length - 1, int(length * ratio)))
         self.standard = nn.Parameter(torch.randn(1, length - encoded, width)) if encoded < length else None
         self.encoded = nn.Parameter(torch.randn(1, encoded, width)) if encoded else None
         if encoded:
-            self.encoder = (MLP(width, hidden, width, layers, dropout) if encoder == "mlp" else
-                            BiLSTM(width, hidden, width, layers, dropout) if encoder == "lstm" else
-                            SelfAttention(width, hidden, width, heads, dropout) if encoder == "attention" else
-                            NoEncoder())
+            kind = dict(mlp=MLP, lstm=BiLSTM, attention=SelfAttention, none=NoEncoder)[encoder]
+            self.encoder = kind(width, hidden, width, heads if encoder == "attention" else layers, dropout)
 
     @property
     def length(self):
@@ -177,8 +181,8 @@ class SoftPrompt(nn.Module):
         return self.config["length"]
 
     def forward(self, rows=1):
-        """-> (K, rows, P, H): each of K prompts, for `rows` rows of a batch. While training every row has its own
-        dropout mask; in evaluation all are equal and the encoder runs once."""
+        """-> (K, rows, P, H): each of K prompts, for `rows` rows of a batch. While training every row has its
+        own dropout mask; in evaluation all are equal and the encoder runs once."""
         parts = []
         if self.standard is not None:
             parts.append(self.standard[:, None].expand(-1, rows, -1, -1))
@@ -190,7 +194,7 @@ class SoftPrompt(nn.Module):
 
     @torch.no_grad()
     def collapse(self):
-        """The SPT that gives the same rows at inference, where any of the three prompts is just K matrices (P, H)."""
+        """The SPT with the same rows: at inference any of the three prompts is just a matrix (P, H)."""
         out = SoftPrompt(self.config["width"], self.length, ratio=0.0)
         training, out.standard.data = self.training, self.eval()()[:, 0].clone()
         self.train(training)
@@ -198,8 +202,8 @@ class SoftPrompt(nn.Module):
 
 
 class ClassificationHead(nn.Module):
-    """Dropout, Linear, tanh, dropout, Linear: (K, N, H) -> (K, N, C). XLM-R's own head, and the same function as
-    BERT's pooler and classifier. transformers starts it from N(0, 0.02) with zero biases; so does this."""
+    """Dropout, Linear, tanh, dropout, Linear: (K, N, H) -> (K, N, C). XLM-R's own head, and the same function
+    as BERT's pooler and classifier. transformers starts it from N(0, 0.02) with zero biases; so does this."""
 
     def __init__(self, width, classes, dropout=0.1):
         super().__init__()
@@ -216,70 +220,67 @@ class ClassificationHead(nn.Module):
 class PromptedClassifier(nn.Module):
     """A frozen backbone that reads K prompts with K heads; which of them a row uses is its `owner`.
 
-    `prompt` None is the bare backbone (what `full` fine-tunes). `reads` says what the head sees: `prompt` (paper:
-    position 0, which is now the first prompt row), `first` (the text's first token), `mean` (over the text's tokens)
-    or `last` (the text's last token, for decoders). `frozen=False` leaves the backbone trainable.
+    `prompt` None is the bare backbone (what `full` fine-tunes). `reads` says what the head sees: `prompt`
+    (paper: position 0, which is now the first prompt row), `first` (the text's first token), `mean` (over the
+    text's tokens) or `last` (its last token, for decoders). `frozen=False` leaves the backbone trainable.
     """
 
     def __init__(self, backbone, prompt, head, reads="prompt", frozen=True):
         super().__init__()
         if reads not in READS:
             raise ValueError(f"prompt.reads: {reads!r} is none of {', '.join(READS)}")
-        width, (h_in, h_out) = head.config["width"], widths(backbone)
-        if width != h_out or (prompt is not None and prompt.config["width"] != h_in):
-            raise ValueError(f"prompt of width {prompt.config['width'] if prompt is not None else '-'} and head of "
-                             f"width {width} do not fit a backbone with embeddings of {h_in} and states of {h_out}")
+        want = widths(backbone)
+        have = (prompt.config["width"] if prompt is not None else want[0], head.config["width"])
+        if have != want:
+            raise ValueError(f"prompt and head of width {have[0]} and {have[1]} do not fit a backbone with "
+                             f"embeddings and states of width {want[0]} and {want[1]}")
         self.backbone, self.prompt, self.head, self.reads = backbone, prompt, head, reads
         if frozen:
             backbone.requires_grad_(False)
         self.positions = positions(backbone)
 
     def forward(self, input_ids, attention_mask, owner=None):
-        """-> logits (B, C). input_ids and attention_mask (B, T), padded on the right; owner (B,): the prompt of each
-        row, by default K equal blocks of rows, one block for each prompt in turn."""
-        (B, T), K, P = input_ids.shape, len(self.head.out.weight), self.prompt.length if self.prompt is not None else 0
+        """-> logits (B, C). input_ids, attention_mask (B, T), padded on the right; owner (B,): which prompt each
+        row uses, by default K equal blocks of rows, one block for each prompt in turn."""
+        (B, T), K = input_ids.shape, len(self.head.out.weight)
+        P = 0 if self.prompt is None else self.prompt.length
         if P + T > self.positions:
-            raise ValueError(f"{P} prompt rows + {T} text tokens = {P + T} exceed the backbone's {self.positions} "
-                             f"positions: lower data.max_length to {self.positions - P} or less")
+            raise ValueError(f"{P} prompt rows + {T} text tokens = {P + T} exceed the {self.positions} "
+                             f"positions of the backbone: data.max_length can be {self.positions - P} at most")
         if owner is None and B % K:
             raise ValueError(f"{B} rows are no {K} equal blocks: say with `owner` which prompt each row uses")
-        if owner is None:
-            slot, rows = None, B // K                       # row i stands in slot i of the K x rows slots
-        else:                                               # row i is the n-th row of its owner: slot owner * rows + n
+        rows, slot = B // K, slice(None)    # row i of the batch is row i of the K x rows blocks
+        if owner is not None:               # row i is the n-th row of its owner: owner * rows + n
             owner = owner.to(input_ids.device)
-            order = owner.argsort(stable=True)
-            counts = owner.bincount(minlength=K)
-            nth = torch.empty_like(order)
-            nth[order] = torch.arange(B, device=order.device) - (counts.cumsum(0) - counts)[owner[order]]
-            rows = int(counts.max())
-            slot = owner * rows + nth                                               # (B,)
+            nth = F.one_hot(owner, K).cumsum(0).gather(1, owner[:, None])[:, 0] - 1
+            rows = int(nth.max()) + 1
+            slot = owner * rows + nth  # (B,)
 
-        # Only the *word* embeddings are concatenated: position and type embeddings are added by the backbone, and
+        # Only the *word* embeddings are concatenated: the backbone adds position and type embeddings, and
         # positions count from the first prompt row.
-        x = self.backbone.get_input_embeddings()(input_ids)                         # (B, T, H)
+        x = self.backbone.get_input_embeddings()(input_ids)  # (B, T, H)
         if P:
-            p = self.prompt(rows).flatten(0, 1).to(x.dtype) if slot is None or self.training else None
-            p = self.prompt()[:, 0][owner].to(x.dtype) if p is None else p if slot is None else p[slot]
-            x = torch.cat((p, x), 1)                                                # (B, P+T, H)
-        mask = torch.cat((attention_mask.new_ones(B, P), attention_mask), 1)        # (B, P+T)
-        h = self.backbone(inputs_embeds=x, attention_mask=mask)                     # (B, P+T, H)
+            once = owner is not None and not self.training
+            p = self.prompt()[owner, 0] if once else self.prompt(rows).flatten(0, 1)[slot]  # (B, P, H)
+            x = torch.cat((p.to(x.dtype), x), 1)  # (B, P+T, H)
+        mask = torch.cat((attention_mask.new_ones(B, P), attention_mask), 1)  # (B, P+T)
+        h = self.backbone(inputs_embeds=x, attention_mask=mask)  # (B, P+T, H)
         h = h if torch.is_tensor(h) else h[0]
         if self.reads == "mean":
             text = attention_mask[:, :, None].to(h.dtype)
-            h = (h[:, P:] * text).sum(1) / text.sum(1)                              # (B, H)
+            h = (h[:, P:] * text).sum(1) / text.sum(1)  # (B, H)
         elif self.reads == "last":
             h = h[torch.arange(B, device=h.device), P + attention_mask.sum(1) - 1]  # (B, H)
         else:
-            h = h[:, P if self.reads == "first" else 0]                             # (B, H)
+            h = h[:, P if self.reads == "first" else 0]  # (B, H)
         h = h.to(self.head.dense.weight.dtype)
-        if slot is None:
-            return self.head(h.unflatten(0, (K, rows))).flatten(0, 1)               # (B, C)
-        h = h.new_zeros(K * rows, h.shape[1]).index_copy(0, slot, h)
-        return self.head(h.unflatten(0, (K, rows))).flatten(0, 1)[slot]             # (B, C)
+        if owner is not None:
+            h = h.new_zeros(K * rows, h.shape[1]).index_copy(0, slot, h)
+        return self.head(h.unflatten(0, (K, rows))).flatten(0, 1)[slot]  # (B, C)
 
     def set_generators(self, generators):
-        """Let slice k of every dropout in prompts and heads draw from generators[k] (None: the global one)."""
-        for module in [*(self.prompt.modules() if self.prompt is not None else ()), *self.head.modules()]:
+        """Let slice k of each dropout in prompts and heads draw from generators[k] (None: the global one)."""
+        for module in self.modules():
             if isinstance(module, Dropout):
                 module.generators = generators
 
@@ -291,11 +292,11 @@ def widths(backbone):
 
 
 def positions(backbone):
-    """How many positions a sequence may have; RoBERTa's numbering starts after the padding index (514 are 512)."""
+    """How many positions a sequence may have; RoBERTa counts from after the padding index (514 are 512)."""
     table = getattr(getattr(backbone, "embeddings", None), "position_embeddings", None)
-    offset = table.padding_idx + 1 if getattr(table, "padding_idx", None) is not None else 0
-    return getattr(getattr(backbone, "config", None), "max_position_embeddings", None) or 10 ** 9 if not offset else \
-        backbone.config.max_position_embeddings - offset
+    offset = getattr(table, "padding_idx", None)
+    limit = getattr(getattr(backbone, "config", None), "max_position_embeddings", None) or 1 << 30
+    return limit if offset is None else limit - offset - 1
 
 
 def stack(modules):
@@ -314,25 +315,27 @@ def take(module, k):
     return {name: p.detach()[k].float().cpu().clone() for name, p in module.named_parameters()}
 
 
-def put(module, tensors, prefix=""):
-    """Fill a module of K = 1 from `take`'s tensors. Raises ValueError on a missing, foreign or misshaped tensor."""
-    want = {prefix + name: p for name, p in module.named_parameters()}
-    for word, names in (("lacks", want.keys() - tensors.keys()), ("has the unknown", tensors.keys() - want.keys())):
-        if names:
-            raise ValueError(f"{word} tensor {sorted(names)[0]!r}" + (f" and {len(names) - 1} more" if names else ""))
+def put(module, tensors):
+    """Fill a module of K = 1 from `take`'s tensors; ValueError on a missing, foreign or misshaped one."""
+    want = dict(module.named_parameters())
+    if want.keys() != tensors.keys():
+        name = min(want.keys() ^ tensors.keys())
+        raise ValueError(f"{'lacks the' if name in want else 'has the unknown'} tensor {name!r}")
     for name, p in want.items():
-        if tensors[name].shape != p.shape[1:]:
-            raise ValueError(f"tensor {name!r} has shape {tuple(tensors[name].shape)}, expected {tuple(p.shape[1:])}")
-        if not tensors[name].is_floating_point() or not tensors[name].isfinite().all():
+        tensor = tensors[name]
+        if tensor.shape != p.shape[1:]:
+            raise ValueError(f"tensor {name!r} is {tuple(tensor.shape)}, expected {tuple(p.shape[1:])}")
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
             raise ValueError(f"tensor {name!r} holds something other than finite numbers")
-        p.data = tensors[name].detach().to(p)[None].clone()
+        owner, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(owner), leaf, _stackable(tensor.float()))
     return module
 
 
-# ---- one folder for a prompt: prompt.safetensors (the trainable tensors) and prompt.json (how to use them) ----------
+# ---- one folder for a prompt: prompt.safetensors (the trainable tensors) and prompt.json (how to use them) -
 
 def write_atomic(path, data):
-    """Write bytes (or call data(file)) so that `path` is either the old file or the whole new one, come what may."""
+    """Write bytes (or call data(file)) so that `path` is the old file or the whole new one, come what may."""
     path = Path(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -371,7 +374,7 @@ def read_json(path):
 
 
 def read_tensors(path):
-    """The tensors of a .safetensors file; ValueError with the path if it is truncated, altered or something else."""
+    """The tensors of a .safetensors file; ValueError with the path if it is truncated or something else."""
     from safetensors import SafetensorError
     from safetensors.torch import load
     try:
@@ -380,89 +383,77 @@ def read_tensors(path):
         raise ValueError(f"{path}: no whole safetensors file: {str(e).splitlines()[0]}") from None
 
 
-def _checked(path, meta, section, schema):
-    """meta[section] as a dict with exactly the schema's keys and types; sizes are bounded before anything is built."""
-    value = meta.get(section)
-    if not isinstance(value, dict) or value.keys() != schema.keys():
-        raise ValueError(f"{path}: {section!r} must hold {', '.join(schema)}")
-    for key, kind in schema.items():
-        ok = isinstance(value[key], (int, float) if kind is float else kind) and not isinstance(value[key], bool)
-        if not ok or (kind is int and not 0 <= value[key] <= 1 << 16) or (kind is float and not 0 <= value[key] <= 1):
-            raise ValueError(f"{path}: {section}.{key} cannot be {value[key]!r}")
-    return value
-
-
-PROMPT_KEYS = dict(width=int, length=int, ratio=float, encoder=str, hidden=int, layers=int, dropout=float, heads=int)
+PROMPT_KEYS = dict(width=int, length=int, ratio=float, encoder=str, hidden=int, layers=int, dropout=float,
+                   heads=int)
 HEAD_KEYS = dict(width=int, classes=int, dropout=float)
 
 
-def build(path, meta):
-    """(SoftPrompt or None, ClassificationHead) of the shapes that meta, read from `path`, describes."""
+def restore(path, meta, tensors):
+    """(SoftPrompt or None, ClassificationHead) of the sizes in meta, filled from tensors named prompt.* and
+    head.*; ValueError with the path if anything is missing, impossible or does not fit exactly."""
     try:
-        prompt = None if meta.get("prompt") is None else _checked(path, meta, "prompt", PROMPT_KEYS)
-        head = _checked(path, meta, "head", HEAD_KEYS)
-        if prompt and (prompt["layers"] > 64 or prompt["length"] * prompt["width"] > 1 << 26):
-            raise ValueError(f"{path}: a prompt of {prompt['length']} x {prompt['width']}, {prompt['layers']} layers?")
-        with torch.device("meta"):      # nothing is allocated before the file has shown tensors of these shapes
-            return None if prompt is None else SoftPrompt(**prompt), ClassificationHead(**head)
+        sizes = {}
+        for section, schema in (("prompt", PROMPT_KEYS), ("head", HEAD_KEYS)):
+            value = sizes[section] = meta.get(section)
+            if section == "prompt" and value is None:
+                continue
+            if not isinstance(value, dict) or value.keys() != schema.keys():
+                raise ValueError(f"{section!r} must hold {', '.join(schema)}")
+            for key, kind in schema.items():
+                limit = 1 if kind is float else 64 if key == "layers" else 1 << 16
+                fits = type(value[key]) in ((int, float) if kind is float else (kind,))
+                if not fits or (kind is not str and not 0 <= value[key] <= limit):
+                    raise ValueError(f"{section}.{key} cannot be {value[key]!r}")
+        with torch.device("meta"):      # takes no memory: the file must show tensors of these shapes first
+            both = nn.ModuleDict({"head": ClassificationHead(**sizes["head"])})
+            if sizes["prompt"]:
+                both["prompt"] = SoftPrompt(**sizes["prompt"])
+        put(both, tensors)
     except (ValueError, RuntimeError, ZeroDivisionError) as e:
-        raise ValueError(str(e) if str(e).startswith(str(path)) else f"{path}: {e}") from None
+        raise ValueError(f"{path}: {e}") from None
+    return both["prompt"] if sizes["prompt"] else None, both["head"]
 
 
 def load_prompt(folder):
     """Read a prompt folder -> (SoftPrompt or None, ClassificationHead, meta).
 
-    meta: kind, prompt, head (constructor arguments), reads, backbone {name, revision}, labels, max_length, tokenizer
-    (fingerprint), data, training. Reads the authors' PEFT folders too. Raises FileNotFoundError or ValueError, naming
-    the file and what is wrong with it; keys and shapes must fit exactly.
+    meta: kind, prompt, head (constructor arguments), reads, backbone {name, revision}, labels, max_length,
+    tokenizer (fingerprint), data, training. Reads the authors' PEFT folders too. Raises FileNotFoundError or
+    ValueError, naming the file and what is wrong with it; keys and shapes must fit exactly.
     """
     folder = Path(folder)
     if (folder / "adapter_config.json").is_file() and not (folder / "prompt.json").is_file():
         return load_authors(folder)
     path = folder / "prompt.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{folder}: no prompt.json here (a run that has not finished? train.py --resume)")
+        raise FileNotFoundError(f"{folder}: no prompt.json (a run that has not finished? train.py --resume)")
     meta = read_json(path)
-    backbone = meta.get("backbone")
-    if meta.get("format") != 1 or meta.get("kind") not in ("spt", "xpe", "dual", "head", "full"):
-        raise ValueError(f"{path}: not a prompt of this project's format 1")
-    if not isinstance(backbone, dict) or not all(isinstance(backbone.get(k), str) for k in ("name", "revision")):
-        raise ValueError(f"{path}: 'backbone' must hold name and revision")
-    labels = meta.get("labels")
-    if not isinstance(labels, list) or not all(isinstance(x, str) for x in labels) or len(set(labels)) != len(labels):
-        raise ValueError(f"{path}: 'labels' must be a list of distinct names")
-    if meta.get("reads") not in READS or type(meta.get("max_length")) is not int or not 1 < meta["max_length"] < 1 << 20:
-        raise ValueError(f"{path}: 'reads' or 'max_length' is missing or impossible")
-    prompt, head = build(path, meta)
+    backbone, labels, length = meta.get("backbone"), meta.get("labels"), meta.get("max_length")
+    names = [backbone.get("name"), backbone.get("revision")] if isinstance(backbone, dict) else [None]
+    for fits, what in (
+            (meta.get("format") == 1, "format"), (meta.get("kind") in KINDS, "kind"),
+            (all(isinstance(x, str) for x in names), "backbone {name, revision}"),
+            (isinstance(labels, list) and all(isinstance(x, str) for x in labels)
+             and len(set(labels)) == len(labels), "labels"),
+            (meta.get("reads") in READS, "reads"), (isinstance(meta.get("training"), dict), "training"),
+            (type(length) is int and 1 < length < 1 << 20, "max_length")):
+        if not fits:
+            raise ValueError(f"{path}: {what}: missing, or not as this project's format 1 has it")
+    prompt, head = restore(path, meta, read_tensors(folder / "prompt.safetensors"))
     if len(labels) != head.config["classes"]:
         raise ValueError(f"{path}: {len(labels)} labels for a head of {head.config['classes']} classes")
-    tensors = read_tensors(folder / "prompt.safetensors")
-    both = nn.ModuleDict({"head": head} if prompt is None else {"prompt": prompt, "head": head})
-    return (prompt, *_filled(both, tensors, folder / "prompt.safetensors", meta))
+    return prompt, head, meta
 
 
-def _filled(both, tensors, path, meta):
-    """Fill prompt and head from named tensors -> (head, meta)."""
-    want = dict(both.named_parameters())
-    try:
-        for name, p in want.items():    # real memory for what has stood on the meta device
-            if name in tensors and tensors[name].shape == p.shape[1:]:
-                owner, leaf = both.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-                setattr(owner, leaf, nn.Parameter(torch.zeros(p.shape)))
-        put(both, tensors)
-    except ValueError as e:
-        raise ValueError(f"{path}: {e}") from None
-    return both["head"], meta
-
-
-# ---- other people's formats -----------------------------------------------------------------------------------------
+# ---- other people's formats --------------------------------------------------------------------------------
 
 AUTHORS_ENCODERS = {"MLP": "mlp", "LSTM": "lstm", "ATTN": "attention", "NONE": "none"}
 AUTHORS_NAMES = (       # theirs -> ours, in this order
     (r"^base_model\.(?:model\.)?classifier\.dense\.", "head.dense."),
     (r"^base_model\.(?:model\.)?classifier\.out_proj\.", "head.out."),
     (r"^prompt_encoder\.(?:default\.)?", "prompt."),
-    (r"^prompt\.embedding\.weight$", "prompt.standard"), (r"^prompt\.xpe_embedding\.weight$", "prompt.encoded"),
+    (r"^prompt\.embedding\.weight$", "prompt.standard"),
+    (r"^prompt\.xpe_embedding\.weight$", "prompt.encoded"),
     (r"^prompt\.xpe_head\.0\.self_attn\.in_proj_", "prompt.encoder.qkv."),
     (r"^prompt\.xpe_head\.0\.self_attn\.out_proj\.", "prompt.encoder.merge."),
     (r"^prompt\.xpe_head\.0\.out_proj\.", "prompt.encoder.project."),
@@ -472,17 +463,16 @@ AUTHORS_NAMES = (       # theirs -> ours, in this order
     (r"^prompt\.xpe_head\.(\d+)\.", r"prompt.encoder.linears.\1."))
 
 
-def load_authors(folder, labels=None):
-    """Read a prompt that the authors released, or that their toolkit wrote, without peft; returns as `load_prompt`.
+def load_authors(folder):
+    """Read a prompt that the authors released, or their toolkit wrote, without peft; as `load_prompt`.
 
-    In paper-era XPE files the name prompt_encoder.embedding.weight holds the *encoded* rows' embedding; later files
-    call it xpe_embedding. Their Linears stand at 0, 3, 6 of a Sequential. Raises as `load_prompt`.
+    In paper-era XPE files the name prompt_encoder.embedding.weight holds the *encoded* rows' embedding; later
+    files call it xpe_embedding. Their Linears stand at 0, 3, 6 of a Sequential.
     """
     path = Path(folder) / "adapter_config.json"
     theirs = read_json(path)
     if theirs.get("peft_type") not in ("XPE", "P_TUNING") or "encoder_ratio" not in theirs:
-        raise ValueError(f"{path}: peft_type {theirs.get('peft_type')!r} without encoder_ratio is no prompt of the "
-                         f"authors' toolkit")
+        raise ValueError(f"{path}: not by the authors' toolkit: peft_type {theirs.get('peft_type')!r}")
     tensors = {}
     for name, tensor in read_tensors(Path(folder) / "adapter_model.safetensors").items():
         new = name
@@ -497,40 +487,38 @@ def load_authors(folder, labels=None):
         tensors["prompt.encoded"] = tensors.pop("prompt.standard")
     out = tensors.get("head.out.weight")
     if out is None or out.dim() != 2:
-        raise ValueError(f"{folder}: adapter_model.safetensors holds no classification head (base_model.classifier)")
+        raise ValueError(f"{folder}: adapter_model.safetensors holds no head (base_model.classifier)")
     classes, width = out.shape
     meta = {"kind": "spt" if ratio == 0 else "xpe" if ratio == 1 else "dual", "reads": "prompt",
-            "prompt": dict(width=theirs.get("token_dim") or width, length=theirs.get("num_virtual_tokens"), ratio=ratio,
-                           encoder=AUTHORS_ENCODERS.get(bare, str(bare)), hidden=theirs.get("encoder_hidden_size"),
-                           layers=theirs.get("encoder_num_layers") or 2, dropout=theirs.get("encoder_dropout") or 0.0,
+            "prompt": dict(width=theirs.get("token_dim") or width, length=theirs.get("num_virtual_tokens"),
+                           ratio=ratio, encoder=AUTHORS_ENCODERS.get(bare, str(bare)),
+                           hidden=theirs.get("encoder_hidden_size"),
+                           layers=theirs.get("encoder_num_layers") or 2,
+                           dropout=theirs.get("encoder_dropout") or 0.0,
                            heads=theirs.get("encoder_num_heads") or 8),
-            "head": dict(width=width, classes=classes, dropout=0.1), "max_length": 164,  # paper: 164 tokens
-            "backbone": {"name": str(theirs.get("base_model_name_or_path")),
-                         "revision": str(theirs.get("revision") or "main")},
-            "labels": list(labels) if labels and len(labels) == classes else [str(i) for i in range(classes)],
-            "training": {"authors": True}}
-    prompt, head = build(path, meta)
-    both = nn.ModuleDict({"prompt": prompt, "head": head})
-    return (prompt, *_filled(both, tensors, Path(folder) / "adapter_model.safetensors", meta))
+            "head": dict(width=width, classes=classes, dropout=0.1), "max_length": 164,
+            "backbone": {"name": str(theirs.get("base_model_name_or_path")), "revision": "main"},
+            "labels": [str(i) for i in range(classes)], "training": {}}   # their files name no labels
+    return (*restore(path, meta, tensors), meta)
 
 
 def export_peft(folder, prompt, head, meta):
-    """Write a folder that *stock* peft loads as prompt tuning: at inference any of the three prompts is one matrix.
+    """Write a folder that *stock* peft loads as prompt tuning (PeftModel.from_pretrained on an
+    AutoModelForSequenceClassification); only for heads that read the prompt's first row, as XLM-R's own does.
 
-    `PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(name, num_labels=C), folder)`; only
-    for heads that read the prompt's first row, as XLM-R's own does. Raises ValueError otherwise.
+    Raises ValueError for other heads, FileExistsError for a folder that is not empty.
     """
     from safetensors.torch import save
     if prompt is None or meta["reads"] != "prompt":
         raise ValueError(f"peft has no form for a {meta['kind']!r} run whose head reads {meta['reads']!r}")
-    matrix = prompt.collapse().standard[0]                                          # (P, H)
+    matrix = prompt.collapse().standard[0]  # (P, H)
     tensors = {"prompt_embeddings": matrix, "base_model.classifier.dense.weight": head.dense.weight[0],
                "base_model.classifier.dense.bias": head.dense.bias[0],
                "base_model.classifier.out_proj.weight": head.out.weight[0],
                "base_model.classifier.out_proj.bias": head.out.bias[0]}
     config = {"peft_type": "PROMPT_TUNING", "task_type": "SEQ_CLS", "prompt_tuning_init": "RANDOM",
-              "num_virtual_tokens": prompt.length, "token_dim": matrix.shape[1], "num_transformer_submodules": 1,
-              "base_model_name_or_path": meta["backbone"]["name"], "revision": meta["backbone"]["revision"],
+              "num_virtual_tokens": prompt.length, "token_dim": matrix.shape[1],
+              "num_transformer_submodules": 1, "base_model_name_or_path": meta["backbone"]["name"],
               "modules_to_save": ["classifier"], "inference_mode": True}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
