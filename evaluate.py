@@ -1,18 +1,19 @@
 """Score prompts on every language: predictions, accuracy and macro-F1, means over the paper's target groups.
 
-The paper's section "Evaluation" (zero-shot transfer). Runs of one backbone are scored in one pass: each is, for
-inference, a matrix of prompt rows and a head. A RUN is a folder that train.py left, a folder of the authors' release,
-or its name on the hub (name@branch).
+The paper's zero-shot evaluation. Runs of one backbone are scored in one pass, for each is, at inference, a matrix
+of prompt rows and a head. A RUN is a folder that train.py left, a folder of the authors' release, or its name on
+the hub (name@branch).
 
-    python evaluate.py runs/xpe-joshi5-s11                     # all languages: table, test.csv, test.json, predictions
+    python evaluate.py runs/xpe-joshi5-s11                # all languages: table, test.csv, .json, predictions
     python evaluate.py runs/xpe-joshi5-s11 --text "The match was decided in the last minute."
-    python evaluate.py runs/* --report                         # methods x groups, mean and std over seeds (report.py)
-    python evaluate.py RUN --export peft DIR                   # a folder that stock peft loads
+    python evaluate.py runs/* --report                    # methods x groups, mean and std over seeds: report.py
+    python evaluate.py RUN --export peft DIR              # a folder that stock peft loads
+
+Read downwards: configuration, backbone, predictions and scores, runs, the command line.
 """
 import argparse
 import csv
 import hashlib
-import inspect
 import io
 import json
 import os
@@ -32,12 +33,12 @@ from data import Corpus, collate, download, encode, fingerprint, locate, nearest
 
 HERE = Path(__file__).resolve().parent
 DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-CHOICES = {"train.optimizer": ("adafactor", "adamw"), "train.schedule": ("cosine", "linear"), "train.amp": tuple(DTYPES),
-           "train.frozen_weights": ("amp", "float32"), "train.class_weights": ("none", "balanced"),
-           "prompt.encoder": xpe.ENCODERS, "prompt.reads": xpe.READS, "backbone.attention": ("sdpa", "eager")}
+CHOICES = {"optimizer": ("adafactor", "adamw"), "schedule": ("cosine", "linear"), "amp": tuple(DTYPES),
+           "frozen_weights": ("amp", "float32"), "class_weights": ("none", "balanced"), "encoder": xpe.ENCODERS,
+           "reads": xpe.READS, "attention": ("sdpa", "eager")}
 
 
-# ---- configuration ----------------------------------------------------------------------------------------------
+# ---- configuration ------------------------------------------------------------------------------------------
 
 def read_yaml(path):
     """A mapping from a YAML file, read safely; ValueError with the path for anything else."""
@@ -46,7 +47,7 @@ def read_yaml(path):
             raise ValueError("larger than 1 MB")
         text = Path(path).read_text("utf-8")
         if any(isinstance(e, yaml.AliasEvent) for e in yaml.parse(text, yaml.SafeLoader)):
-            raise ValueError("YAML aliases (*name) are not read")
+            raise ValueError("aliases (*name) are not read")
         value = yaml.safe_load(text)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such configuration file") from None
@@ -71,6 +72,8 @@ def _merge(base, new, schema, where, path=""):
         elif isinstance(schema[key], dict):
             if not isinstance(value, dict):
                 raise ValueError(f"{where}: {name} is a section, not the value {value!r}")
+            if key == "targets":                    # a file that names targets names all of them
+                base[key].clear()
             _merge(base[key], value, schema[key], where, f"{name}.")
         else:
             base[key] = _typed(value, schema[key], name, where)
@@ -81,13 +84,11 @@ def _typed(value, default, name, where):
     if type(default) is float and type(value) is int and abs(value) < 1 << 53:
         value = float(value)
     if type(value) is not type(default):
-        hint = ""
-        if isinstance(value, str) and re.fullmatch(r"[+-]?\d{1,9}(\.\d{0,9})?[eE][+-]?\d{1,2}", value):
-            mantissa, _, exponent = value.lower().partition("e")
-            hint = f"; YAML takes it for text, write {float(mantissa)}e{int(exponent):+d}"
+        match = re.fullmatch(r"([+-]?\d{1,9}(?:\.\d{0,9})?)[eE]([+-]?\d{1,2})", value) \
+            if isinstance(value, str) else None
+        hint = f"; YAML takes it for text, write {float(match[1])}e{int(match[2]):+d}" if match else ""
         raise ValueError(f"{where}: {name} must be {type(default).__name__}, not {value!r}{hint}")
-    section, _, leaf = name.partition(".")
-    allowed = CHOICES.get(f"{'train' if section in ('adapt', 'full') else section}.{leaf}")
+    allowed = CHOICES.get(name.partition(".")[2])
     if allowed and value not in allowed:
         raise ValueError(f"{where}: {name} cannot be {value!r}, only {', '.join(allowed)}")
     if isinstance(value, (int, float)) and not 0 <= value < 1e12:
@@ -106,12 +107,12 @@ def load_config(path=None, settings=()):
     layers = [(path, read_yaml(path))] if path else []
     for setting in settings:
         name, equals, text = setting.partition("=")
-        if not equals:
-            raise ValueError(f"--set {setting}: write section.key=value")
         try:
             value = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError, RecursionError) as e:
-            raise ValueError(f"--set {setting}: {e}") from None
+        except (yaml.YAMLError, ValueError, RecursionError):
+            equals = ""
+        if not equals:
+            raise ValueError(f"--set {setting}: write section.key=value")
         for part in reversed(name.strip().split(".")):
             value = {part: value}
         layers.append((f"--set {setting}", value))
@@ -122,47 +123,48 @@ def load_config(path=None, settings=()):
 
 def resolve_group(config, group, _inside=()):
     """A group's name, or a list of codes, groups and -exclusions -> language codes in order, each once."""
-    names = [group] if isinstance(group, str) else group
     out = []
-    for name in names:
+    for name in [group] if isinstance(group, str) else group:
         bare = name.removeprefix("-")
-        if bare in config["groups"]:
-            if bare in _inside:
-                raise ValueError(f"groups.{bare} contains itself")
-            codes = resolve_group(config, config["groups"][bare], (*_inside, bare))
+        if bare in _inside:
+            raise ValueError(f"groups.{bare} contains itself")
+        inside = bare in config["groups"]
+        codes = resolve_group(config, config["groups"][bare], (*_inside, bare)) if inside else [bare]
+        if name.startswith("-"):
+            out = [c for c in out if c not in codes]
         else:
-            codes = [bare]
-        out = [c for c in out if c not in codes] if name.startswith("-") else out + [c for c in codes if c not in out]
+            out += [c for c in codes if c not in out]
     return out
 
 
-# ---- the backbone -----------------------------------------------------------------------------------------------
+# ---- the backbone -------------------------------------------------------------------------------------------
 
 def load_backbone(name, revision="main", attention="sdpa", trust_remote_code=False):
     """-> (backbone in float32 without its pooler, tokenizer, identity): from a folder or the hub.
 
-    identity: {name, revision (the commit, or "local"), fingerprint (of the weights)}. Raises ValueError if weights
-    are missing, OSError with one line if it cannot be had.
+    identity: {name, revision (the commit, or "local"), fingerprint (of the weights)}. Raises ValueError if
+    weights are missing, OSError with one line if it cannot be had.
     """
     import transformers
-    transformers.logging.set_verbosity_error()      # it reports the unused pooler and language-model head at length
+    transformers.logging.set_verbosity_error()      # it reports the unused language-model head at length
     transformers.logging.disable_progress_bar()
     folder = next((p for p in (Path(name).expanduser(), HERE / name) if p.is_dir()), None)
-    if folder is None and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+    if folder is None and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
         raise FileNotFoundError(f"backbone.name: no folder {name!r}")
-    where = dict(pretrained_model_name_or_path=str(folder.resolve()) if folder else name,
-                 trust_remote_code=trust_remote_code, **({} if folder else {"revision": revision}))
-    dtype = "dtype" if "dtype" in inspect.signature(transformers.AutoConfig.from_pretrained).parameters or \
-        tuple(map(int, transformers.__version__.split(".")[:2])) >= (4, 56) else "torch_dtype"
+    where = dict(trust_remote_code=trust_remote_code) | ({} if folder else dict(revision=revision))
+    where["pretrained_model_name_or_path"] = str(folder.resolve()) if folder else name
+    new = tuple(int(x) for x in transformers.__version__.split(".")[:2]) >= (4, 56)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
+        # always say the type: transformers 5 takes that of the checkpoint otherwise
         backbone, info = transformers.AutoModel.from_pretrained(
-            **where, attn_implementation=attention, output_loading_info=True, **{dtype: torch.float32})
+            **where, attn_implementation=attention, output_loading_info=True,
+            **{"dtype" if new else "torch_dtype": torch.float32})
     except Exception as e:      # transformers, the hub's client, safetensors and tokenizers raise their own
-        first = (str(e).strip() or "no answer").splitlines()[0][:200]
-        how = "check the folder" if folder else ("offline? use a local folder with --backbone DIR; "
-                                                 "private or gated: `hf auth login` first")
-        raise OSError(f"cannot load backbone {name!r}: {type(e).__name__}: {first} ({how})") from None
+        line = (str(e).strip() or "no answer").splitlines()[0][:160]
+        how = "check the folder" if folder else \
+            "offline? --backbone FOLDER takes a local one; private or gated? `hf auth login` first"
+        raise OSError(f"cannot load backbone {name!r}: {type(e).__name__}: {line} ({how})") from None
     missing = [k for k in info["missing_keys"] if "pooler" not in k]
     if missing:
         raise ValueError(f"backbone {name!r}: its weights lack {missing[0]} and {len(missing) - 1} more")
@@ -170,14 +172,14 @@ def load_backbone(name, revision="main", attention="sdpa", trust_remote_code=Fal
         backbone.pooler = None
     digest = hashlib.sha256()
     for key, p in backbone.named_parameters():
-        digest.update(key.encode() + str(tuple(p.shape)).encode() + p.detach().flatten()[:64].numpy().tobytes())
+        digest.update(f"{key} {tuple(p.shape)}".encode() + p.detach().flatten()[:64].numpy().tobytes())
     commit = "local" if folder else getattr(backbone.config, "_commit_hash", None) or revision
     return backbone, tokenizer, {"name": name, "revision": commit, "fingerprint": digest.hexdigest()[:16]}
 
 
 def tokenizer_fingerprint(tokenizer):
-    """A short hash of the ids of a few strings in several scripts: tokenizers have changed silently before."""
-    probes = ["Hello, world! 12,345", "Привет, мир", "你好，世界", "مرحبا بالعالم", "नमस्ते", "ქართული ენა", "a\u00a0b  \u200bc"]
+    """A short hash of the ids of a few strings: tokenizers have changed silently between versions."""
+    probes = ["Hello, world! 12,345", "Привет, мир", "你好，世界", "مرحبا بالعالم", "नमस्ते", "ქართული", "a\u00a0b  \u200bc"]
     return hashlib.sha256(repr([tokenizer(p)["input_ids"] for p in probes]).encode()).hexdigest()[:16]
 
 
@@ -185,28 +187,25 @@ def pick_device(name="auto"):
     """A torch device; `auto` takes CUDA where there is one. Raises ValueError if it cannot be used."""
     name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f"--device {name}: {str(e).splitlines()[0]}") from None
-    return device
+    return torch.device(name)
 
 
 def place(model, device, amp, frozen_weights="amp"):
-    """Put a classifier on its device and return the autocast context factory for it.
+    """Put a classifier on its device -> a function that gives the autocast context to run it in.
 
-    amp bf16 or fp16 with frozen_weights `amp`: the frozen backbone itself is of that type and nothing is cast at each
-    step; prompts and heads stay float32. With `float32`, and for a trainable backbone: torch's autocast.
+    amp bf16 or fp16, frozen_weights `amp`: the frozen backbone itself is of that type, and nothing is cast at
+    each step; prompts and heads stay float32. With `float32`, and for a trainable backbone: torch's autocast.
     """
     model.to(device)
-    frozen = not any(p.requires_grad for p in model.backbone.parameters())
-    model.backbone.to(DTYPES[amp] if frozen and frozen_weights == "amp" else torch.float32)
-    if amp == "off" or (frozen and frozen_weights == "amp"):
-        return nullcontext
-    return lambda: torch.autocast(device.type, DTYPES[amp])
+    pure = frozen_weights == "amp" and not any(p.requires_grad for p in model.backbone.parameters())
+    model.backbone.to(DTYPES[amp] if pure else torch.float32)
+    return nullcontext if pure or amp == "off" else lambda: torch.autocast(device.type, DTYPES[amp])
 
 
-# ---- predictions and scores -------------------------------------------------------------------------------------
+# ---- predictions and scores ---------------------------------------------------------------------------------
 
 @torch.no_grad()
 def predict(model, encoded, pad_id, owner=None, budget=16384, autocast=nullcontext, progress=False):
@@ -214,21 +213,17 @@ def predict(model, encoded, pad_id, owner=None, budget=16384, autocast=nullconte
 
     encoded: n lists of token ids; owner: the prompt of each (default: all 0); budget: positions of one batch.
     """
-    device = next(model.head.parameters()).device
-    training = model.training
     model.eval()
-    owner = torch.zeros(len(encoded), dtype=torch.long) if owner is None else torch.as_tensor(owner)
+    device = model.head.out.weight.device
+    owner = torch.zeros(len(encoded), dtype=torch.long) if owner is None else owner
     logits = torch.full((len(encoded), model.head.config["classes"]), float("nan"))
     P = 0 if model.prompt is None else model.prompt.length
-    batches = token_batches([len(x) for x in encoded], budget, P)
     with tqdm(total=len(encoded), unit=" sentences", leave=False, disable=None if progress else True) as bar:
-        for rows in batches:
+        for rows in token_batches([len(x) for x in encoded], budget, P):
             ids, mask = collate([encoded[i] for i in rows], pad_id)
             with autocast():
-                out = model(ids.to(device), mask.to(device), owner[rows])
-            logits[torch.from_numpy(rows)] = out.float().cpu()
+                logits[rows] = model(ids.to(device), mask.to(device), owner[rows]).float().cpu()
             bar.update(len(rows))
-    model.train(training)
     return logits
 
 
@@ -238,13 +233,11 @@ def accuracy(labels, predicted):
 
 
 def macro_f1(labels, predicted):
-    """Percent; unweighted mean of F1 over the classes that occur as label or prediction (scikit-learn's `macro`)."""
+    """Percent: the mean of F1 over the classes that occur as label or prediction (scikit-learn's `macro`)."""
     labels, predicted = np.asarray(labels), np.asarray(predicted)
-    scores = []
-    for c in np.union1d(labels, predicted):
-        hits = np.sum((labels == c) & (predicted == c))
-        scores.append(2 * hits / (np.sum(labels == c) + np.sum(predicted == c)))
-    return 100.0 * float(np.mean(scores))
+    return 100.0 * float(np.mean([
+        2 * np.sum((labels == c) & (predicted == c)) / (np.sum(labels == c) + np.sum(predicted == c))
+        for c in np.union1d(labels, predicted)]))
 
 
 def majority(labels):
@@ -253,36 +246,35 @@ def majority(labels):
 
 
 def group_means(scores, config, sources):
-    """{title: (mean accuracy over languages, languages scored, languages in the group)}; language -> accuracy in.
+    """language -> accuracy in, {title: (mean over languages, languages scored, languages in the group)} out.
 
-    The sources stand first, on their own; they are taken out of every target group, which would not be zero-shot.
+    The sources stand first, on their own; they are taken out of every target group: not zero-shot.
     """
-    out = {}
-    for title, codes in [("Sources", sources)] + [
-            (t, [c for c in resolve_group(config, g) if c not in sources]) for t, g in config["targets"].items()]:
-        have = [scores[c] for c in codes if c in scores]
-        out[title] = (float(np.mean(have)) if have else None, len(have), len(codes))
-    return out
+    groups = {"Sources": sources}
+    for title, group in config["targets"].items():
+        groups[title] = [c for c in resolve_group(config, group) if c not in sources]
+    have = {title: [scores[c] for c in codes if c in scores] for title, codes in groups.items()}
+    return {t: (float(np.mean(have[t])) if have[t] else None, len(have[t]), len(groups[t])) for t in groups}
 
 
-# ---- runs -------------------------------------------------------------------------------------------------------
+# ---- runs ---------------------------------------------------------------------------------------------------
 
 class Run:
-    """A trained prompt with everything needed to use it: prompt, head, meta, config, folder, name."""
+    """A trained prompt with everything needed to use it. Raises as xpe.load_prompt and load_config do."""
 
     def __init__(self, where, backbone=None, data=None):
-        folder = Path(where)
+        folder, self.name = Path(where), Path(where).resolve().name
         if not folder.is_dir():
             name, _, revision = str(where).partition("@")
             if not re.fullmatch(r"\w[\w-]*/[\w.-]+", name) or name.startswith("runs/"):
                 raise FileNotFoundError(f"{where}: no such run folder")
             folder = download(name, revision or "main", "model", ["*.json", "*.safetensors", "config.yaml"])
-        self.folder, self.name = folder, Path(where).resolve().name if Path(where).is_dir() else str(where)
+            self.name = str(where)
+        self.folder = folder
         self.prompt, self.head, self.meta = xpe.load_prompt(folder)
-        saved = folder / "config.yaml"
-        self.config = load_config(saved if saved.is_file() else None)
+        self.config = load_config(folder / "config.yaml" if (folder / "config.yaml").is_file() else None)
         self.released = (folder / "adapter_config.json").is_file()      # by the paper's authors
-        if self.released:
+        if self.released:       # their files do not name the sources, their repositories do
             self.meta["sources"] = resolve_group(self.config, "seen" if "seen" in self.name else "joshi5")
         self.sources = self.meta.get("sources")
         if not isinstance(self.sources, list) or not all(isinstance(s, str) for s in self.sources):
@@ -300,26 +292,12 @@ class Run:
                            self.config["train"]["amp"], self.config["train"]["frozen_weights"]], sort_keys=True)
 
 
-def join(runs, device):
-    """Runs of one key -> (PromptedClassifier with K prompts, tokenizer, autocast). Warns when what it meets is not
-    what the runs were trained with; raises ValueError if it cannot fit."""
-    config, meta = runs[0].config, runs[0].meta
-    b = config["backbone"]
-    backbone, tokenizer, identity = load_backbone(b["name"], b["revision"], b["attention"], b["trust_remote_code"])
+def groups_of(runs):
+    """Runs -> lists of runs that can share a pass, in order."""
+    groups = {}
     for run in runs:
-        for what, now, then in (
-                ("backbone weights", identity["fingerprint"], run.meta["backbone"].get("fingerprint")),
-                ("tokenizer", tokenizer_fingerprint(tokenizer), run.meta.get("tokenizer"))):
-            if then and now != then:
-                warn(f"{run.name}: the {what} ({now}) differ from those it was trained with ({then})")
-    if meta["kind"] == "full":
-        try:
-            backbone.load_state_dict(xpe.read_tensors(runs[0].folder / "backbone.safetensors"), strict=True)
-        except RuntimeError as e:
-            raise ValueError(f"{runs[0].folder / 'backbone.safetensors'}: {str(e).splitlines()[1].strip()}") from None
-    prompt = xpe.stack([r.prompt.collapse() for r in runs]) if runs[0].prompt is not None else None
-    model = xpe.PromptedClassifier(backbone, prompt, xpe.stack([r.head for r in runs]), meta["reads"])
-    return model, tokenizer, place(model, device, config["train"]["amp"], config["train"]["frozen_weights"])
+        groups.setdefault(run.key(), []).append(run)
+    return list(groups.values())
 
 
 def warn(line):
@@ -327,47 +305,71 @@ def warn(line):
     tqdm.write(f"warning: {line}", file=sys.stderr)
 
 
-def score(runs, split, languages, budget, device, progress=True):
+def join(runs, device):
+    """Runs of one key -> (PromptedClassifier with K prompts, tokenizer, autocast). Warns when backbone or
+    tokenizer are not those that the runs were trained with; raises ValueError if it cannot fit."""
+    config, meta = runs[0].config, runs[0].meta
+    b = config["backbone"]
+    backbone, tokenizer, identity = load_backbone(b["name"], b["revision"], b["attention"],
+                                                  b["trust_remote_code"])
+    for run in runs:
+        for what, now, then in (
+                ("backbone's weights", identity["fingerprint"], run.meta["backbone"].get("fingerprint")),
+                ("tokenizer", tokenizer_fingerprint(tokenizer), run.meta.get("tokenizer"))):
+            if then and now != then:
+                warn(f"{run.name}: the {what} ({now}) are not what it was trained with ({then})")
+    if meta["kind"] == "full":
+        path = runs[0].folder / "backbone.safetensors"
+        try:
+            backbone.load_state_dict(xpe.read_tensors(path))
+        except RuntimeError as e:
+            raise ValueError(f"{path}: {' '.join(str(e).split())[:200]}") from None
+    prompt = xpe.stack([r.prompt.collapse() for r in runs]) if runs[0].prompt is not None else None
+    model = xpe.PromptedClassifier(backbone, prompt, xpe.stack([r.head for r in runs]), meta["reads"])
+    return model, tokenizer, place(model, device, config["train"]["amp"], config["train"]["frozen_weights"])
+
+
+def score(runs, split, languages, device):
     """Score runs of one key on a split -> {run name: (rows, predictions, identity)}.
 
-    languages: for each run the list of its languages, or None for all. rows: one dict per language (language, n,
-    accuracy, macro_f1, majority); predictions: one per sentence (language, index_id, label, predicted, probabilities).
+    languages: for each run the list of its languages, or None for all. rows: a dict for each language (language,
+    n, accuracy, macro_f1, majority); predictions: one for each sentence, with the probabilities.
     """
     model, tokenizer, autocast = join(runs, device)
-    folder, revision = locate(runs[0].config["data"]["name"], runs[0].config["data"]["revision"])
+    config = runs[0].config
+    folder, revision = locate(config["data"]["name"], config["data"]["revision"])
     corpus = Corpus(folder)
     for run in runs:
         if run.released and len(run.meta["labels"]) == len(corpus.labels):
-            run.meta["labels"] = list(corpus.labels)            # the authors' files hold no names
+            run.meta["labels"] = list(corpus.labels)        # the authors' files hold no names
         if list(corpus.labels) != run.meta["labels"]:
             raise ValueError(f"{folder} has the labels {', '.join(corpus.labels)}; {run.name} was trained on "
                              f"{', '.join(run.meta['labels'])}")
-    wanted = [own or corpus.languages() for own in languages or [None] * len(runs)]
-    corpus.check([c for own in wanted for c in own])
+    wanted = [own or corpus.languages() for own in languages]
     read = {c: corpus.read(c, split) for c in dict.fromkeys(c for own in wanted for c in own)}
-    ids = iter(encode([s.text for sentences in read.values() for s in sentences], tokenizer,
-                      runs[0].meta["max_length"]))
+    texts = [s.text for sentences in read.values() for s in sentences]
+    ids = iter(encode(texts, tokenizer, runs[0].meta["max_length"]))
     ids = {c: [next(ids) for _ in sentences] for c, sentences in read.items()}
     encoded = [[row for c in own for row in ids[c]] for own in wanted]
     owner = torch.arange(len(runs)).repeat_interleave(torch.tensor([len(x) for x in encoded]))
-    logits = predict(model, [row for x in encoded for row in x], tokenizer.pad_token_id or 0, owner, budget, autocast,
-                     progress)
+    logits = predict(model, sum(encoded, []), tokenizer.pad_token_id or 0, owner, config["evaluate"]["tokens"],
+                     autocast, progress=True)
     if not logits.isfinite().all():
         raise ValueError(f"{', '.join(r.name for r in runs)}: logits that are not finite numbers")
     out, probabilities = {}, iter(logits.softmax(1))
     for run, own in zip(runs, wanted):
         rows, predictions = [], []
         for c in own:
-            p = torch.stack([next(probabilities) for _ in read[c]])
+            p = torch.stack([next(probabilities) for _ in read[c]])         # (n, C)
             labels, predicted = np.array([s.label for s in read[c]]), p.argmax(1).numpy()
             rows.append(dict(language=c, n=len(labels), accuracy=accuracy(labels, predicted),
                              macro_f1=macro_f1(labels, predicted), majority=majority(labels)))
-            predictions += [dict(language=c, index_id=s.index_id, label=corpus.labels[s.label],
-                                 predicted=corpus.labels[best],
-                                 **{f"p({name})": f"{x:.5f}" for name, x in zip(corpus.labels, row)})
+            names = corpus.labels
+            predictions += [dict(language=c, index_id=s.index_id, label=names[s.label], predicted=names[best],
+                                 **{f"p({name})": f"{x:.5f}" for name, x in zip(names, row)})
                             for s, best, row in zip(read[c], predicted, p.tolist())]
-        out[run.name] = rows, predictions, {"revision": revision, "data": fingerprint(
-            [s for c in own for s in read[c]])}
+        data = fingerprint([s for c in own for s in read[c]])
+        out[run.name] = rows, predictions, {"revision": revision, "data": data}
     return out
 
 
@@ -387,34 +389,52 @@ def write_scores(run, split, rows, predictions, identity, folder):
     means = group_means(scores, run.config, run.sources)
     summary = {"run": run.name, "kind": run.meta["kind"], "sources": run.sources, "split": split, **identity,
                "groups": {t: {"accuracy": m, "languages": n, "of": of} for t, (m, n, of) in means.items()},
-               "languages": scores, "training": run.meta["training"]}
+               "languages": scores}
+    rounded = [{k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()} for row in rows]
     xpe.write_atomic(folder / f"{split}_predictions.csv", to_csv(predictions))
-    xpe.write_atomic(folder / f"{split}.csv", to_csv([
-        {k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()} for row in rows]))
+    xpe.write_atomic(folder / f"{split}.csv", to_csv(rounded))
     xpe.write_atomic(folder / f"{split}.json", json.dumps(summary, indent=1).encode() + b"\n")
 
 
-def table(run, rows):
+def table(run, rows, every_language=True):
     """The scores of one run as text: means over groups beside chance, then every language."""
     scores = {r["language"]: r["accuracy"] for r in rows}
-    chance = np.mean([r["majority"] for r in rows])
-    lines = [f"{run.name}: accuracy in percent, mean over languages; always the majority class: {chance:.1f}"]
-    for title, (mean, n, of) in group_means(scores, run.config, run.sources).items():
+    chance = {r["language"]: r["majority"] for r in rows}
+    lines = [f"{run.name}", f"  {'mean over languages':<20} accuracy %  chance %  languages"]
+    means, chances = (group_means(x, run.config, run.sources) for x in (scores, chance))
+    for title, (mean, n, of) in means.items():
         if n:
-            lines.append(f"  {title:<20}{mean:6.1f}  {mean - chance:+6.1f}   {n} languages"
-                         + (f" (of {of}: {of - n} not scored)" if n < of else ""))
-    cells = [f"{c}{'*' if c in run.sources else ' '}{a:6.1f}" for c, a in sorted(scores.items(), key=lambda x: -x[1])]
-    per_row = 6 if len(cells) > 12 else 4
-    lines += ["  " + "   ".join(cells[i:i + per_row]) for i in range(0, len(cells), per_row)]
-    return "\n".join(lines + (["  * source language"] if any(c in run.sources for c in scores) else []))
+            part = f" of {of}: the others were not scored" if n < of else ""
+            lines.append(f"  {title:<20} {mean:10.1f} {chances[title][0]:9.1f}  {n:9}{part}")
+    if every_language:
+        cells = [f"{c}{'*' if c in run.sources else ' '} {a:5.1f}"
+                 for c, a in sorted(scores.items(), key=lambda x: -x[1])]
+        lines += ["  " + "   ".join(cells[i:i + 6]) for i in range(0, len(cells), 6)]
+        lines += ["  * source language"] * any(c in run.sources for c in scores)
+    return "\n".join(lines)
 
 
-def groups_of(runs):
-    """Runs -> lists of runs that share a key, in order."""
-    groups = {}
+def report_scores(runs, split, languages, device, out=None, whole=True):
+    """Score runs, print a table for each, and write the files (of a part of the languages only where `out` is)."""
     for run in runs:
-        groups.setdefault(run.key(), []).append(run)
-    return list(groups.values())
+        both = [c for c in languages or () if c in run.sources]
+        if both:
+            warn(f"{run.name}: {', '.join(both)}: a source of this run, so not zero-shot")
+    for group in groups_of(runs):
+        start, n = time.time(), 0
+        # an adapted prompt answers for its own language
+        own = [languages or ([r.meta["adapted_to"]] if "adapted_to" in r.meta else None) for r in group]
+        results = score(group, split, own, device)
+        seconds = time.time() - start
+        for run in group:
+            rows, predictions, identity = results[run.name]
+            n += len(predictions)
+            print(table(run, rows, len(runs) < 4 or len(rows) < 4))
+            if out or whole:
+                folder = Path(out) / run.name if out else run.folder
+                write_scores(run, split, rows, predictions, identity, folder)
+                print(f"  {folder}/{split}.csv, .json, _predictions.csv")
+        print(f"{n:,} sentences in {seconds:.1f} s, loading included\n")
 
 
 def classify(runs, texts, device):
@@ -422,11 +442,11 @@ def classify(runs, texts, device):
     for group in groups_of(runs):
         model, tokenizer, autocast = join(group, device)
         encoded = encode(texts, tokenizer, group[0].meta["max_length"])
-        K, n = len(group), len(texts)
-        logits = predict(model, encoded * K, tokenizer.pad_token_id or 0, torch.arange(K).repeat_interleave(n),
-                         autocast=autocast)
+        owner = torch.arange(len(group)).repeat_interleave(len(texts))
+        logits = predict(model, encoded * len(group), tokenizer.pad_token_id or 0, owner, autocast=autocast)
+        answers = logits.softmax(1).unflatten(0, (len(group), len(texts)))
         for i, text in enumerate(texts):
-            for run, p in zip(group, logits.softmax(1).unflatten(0, (K, n))[:, i]):
+            for run, p in zip(group, answers[:, i]):
                 best = int(p.argmax())
                 who = f"{run.name}\t" if len(runs) > 1 else ""
                 print(f"{who}{run.meta['labels'][best]}\t{p[best]:.3f}\t{text}")
@@ -434,20 +454,20 @@ def classify(runs, texts, device):
 
 def main(argv=None):
     """The command line."""
-    parser = argparse.ArgumentParser(description="Score trained prompts on every language, report, compare, export.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, or prompts on the hub (name@branch)")
+    parser = argparse.ArgumentParser(description="Score trained prompts on every language; report and export.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, or names on the hub (name@branch)")
     parser.add_argument("--split", default="test", choices=("train", "dev", "test"))
     parser.add_argument("--languages", help="codes, separated by commas (default: all)")
     parser.add_argument("--groups", help="groups of the configuration, separated by commas")
     parser.add_argument("--data", help="folder or dataset, instead of the run's own")
     parser.add_argument("--backbone", help="folder or hub name, instead of the run's own")
     parser.add_argument("--out", help="folder for the results (default: each run's own folder)")
-    parser.add_argument("--text", nargs="*", metavar="TEXT", help="classify these, or the lines of standard input")
-    parser.add_argument("--export", nargs=2, metavar=("FORMAT", "DIR"), help="peft DIR: a folder that stock peft loads")
-    parser.add_argument("--report", action="store_true", help="methods x groups from scored run folders")
-    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="with --report: is method A better than B?")
-    parser.add_argument("--plot", metavar="FILE.png", help="with --compare: gain per language (needs matplotlib)")
-    parser.add_argument("--leave-out", default="", metavar="LANGUAGES", help="with --report: for instance ars_Arab")
+    parser.add_argument("--text", nargs="*", help="classify these, or the lines of standard input")
+    parser.add_argument("--export", nargs=2, metavar=("peft", "DIR"), help="write a folder that peft loads")
+    parser.add_argument("--report", action="store_true", help="methods x groups, from scored run folders")
+    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="is method A better than method B?")
+    parser.add_argument("--plot", metavar="FILE.png", help="with --compare: gain per language (matplotlib)")
+    parser.add_argument("--leave-out", default="", metavar="CODES", help="of the report, ars_Arab for instance")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: auto)")
     args = parser.parse_args(argv)
     if args.report or args.compare or args.plot:
@@ -456,49 +476,25 @@ def main(argv=None):
     device = pick_device(args.device)
     runs = [Run(r, args.backbone, args.data) for r in args.runs]
     if len({r.name for r in runs}) < len(runs):
-        raise ValueError("two runs have the same folder name")
+        raise ValueError("two of the runs have the same folder name")
     if args.export:
         if args.export[0] != "peft" or len(runs) != 1:
-            raise ValueError("--export takes one RUN and the words: peft DIR")
+            raise ValueError("--export takes one RUN, the word peft and a new folder")
         xpe.export_peft(args.export[1], runs[0].prompt, runs[0].head, runs[0].meta)
-        print(f"{args.export[1]}: written; load it with peft.PeftModel.from_pretrained(model, {args.export[1]!r})")
-        return 0
-    if args.text is not None:
+        print(f"{args.export[1]}: for peft.PeftModel.from_pretrained(model, {args.export[1]!r})")
+    elif args.text is not None:
         texts = args.text or [line.rstrip("\n") for line in sys.stdin if line.strip()]
         if not texts or not all(t.strip() for t in texts):
             raise ValueError("--text: nothing to classify")
         classify(runs, texts, device)
-        return 0
-    languages = args.languages.split(",") if args.languages else []
-    for group in args.groups.split(",") if args.groups else []:
-        if group not in runs[0].config["groups"]:
-            raise ValueError(f"--groups: no group {group!r}{nearest(group, runs[0].config['groups'])}")
-        languages += [c for c in resolve_group(runs[0].config, group) if c not in languages]
-    report_scores(runs, args.split, languages, device, args.out, whole=not (args.languages or args.groups))
+    else:
+        languages = args.languages.split(",") if args.languages else []
+        for group in args.groups.split(",") if args.groups else []:
+            if group not in runs[0].config["groups"]:
+                raise ValueError(f"--groups: no group {group!r}{nearest(group, runs[0].config['groups'])}")
+            languages += [c for c in resolve_group(runs[0].config, group) if c not in languages]
+        report_scores(runs, args.split, languages, device, args.out, whole=not languages)
     return 0
-
-
-def report_scores(runs, split, languages, device, out=None, whole=True):
-    """Score runs, print a table for each, and write the files (of a part of the languages only where `out` says)."""
-    for run in runs:
-        both = [c for c in languages or () if c in run.sources]
-        if both:
-            warn(f"{run.name}: {', '.join(both)}: a source of this run, so not zero-shot")
-    for group in groups_of(runs):
-        start = time.time()
-        # an adapted prompt answers for its own language
-        own = [languages or ([r.meta["adapted_to"]] if "adapted_to" in r.meta else None) for r in group]
-        results = score(group, split, own, group[0].config["evaluate"]["tokens"], device)
-        seconds, n = time.time() - start, 0
-        for run in group:
-            rows, predictions, identity = results[run.name]
-            n += len(predictions)
-            print(table(run, rows))
-            if out or whole:
-                folder = Path(out) / run.name if out else run.folder
-                write_scores(run, split, rows, predictions, identity, folder)
-                print(f"  {folder / split}.csv, .json, _predictions.csv")
-        print(f"{n:,} sentences in {seconds:.1f} s, loading included\n")
 
 
 if __name__ == "__main__":
