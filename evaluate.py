@@ -1,12 +1,12 @@
 """Score prompts on every language: predictions, accuracy and macro-F1, means over the paper's target groups.
 
-The paper's zero-shot evaluation. Runs of one backbone are scored in one pass, for each is, at inference, a matrix
-of prompt rows and a head. A RUN is a folder that train.py left, a folder of the authors' release, or its name on
-the hub (name@branch).
+The paper's zero-shot evaluation. Runs of one backbone are scored in one pass, for each is, at inference, a
+matrix of prompt rows and a head. A RUN is a folder that train.py left, a folder of the authors' release, or
+its name on the hub (name@branch).
 
     python evaluate.py runs/xpe-joshi5-s11                # all languages: table, test.csv, .json, predictions
     python evaluate.py runs/xpe-joshi5-s11 --text "The match was decided in the last minute."
-    python evaluate.py runs/* --report                    # methods x groups, mean and std over seeds: report.py
+    python evaluate.py runs/* --report                    # methods x groups, mean and std over seeds
     python evaluate.py RUN --export peft DIR              # a folder that stock peft loads
 
 Read downwards: configuration, backbone, predictions and scores, runs, the command line.
@@ -34,11 +34,11 @@ from data import Corpus, collate, download, encode, fingerprint, locate, nearest
 HERE = Path(__file__).resolve().parent
 DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CHOICES = {"optimizer": ("adafactor", "adamw"), "schedule": ("cosine", "linear"), "amp": tuple(DTYPES),
-           "frozen_weights": ("amp", "float32"), "class_weights": ("none", "balanced"), "encoder": xpe.ENCODERS,
-           "reads": xpe.READS, "attention": ("sdpa", "eager")}
+           "frozen_weights": ("amp", "float32"), "class_weights": ("none", "balanced"),
+           "encoder": xpe.ENCODERS, "reads": xpe.READS, "attention": ("sdpa", "eager")}
 
 
-# ---- configuration ------------------------------------------------------------------------------------------
+# ---- configuration ----------------------------------------------------------------------------------------
 
 def read_yaml(path):
     """A mapping from a YAML file, read safely; ValueError with the path for anything else."""
@@ -99,8 +99,8 @@ def _typed(value, default, name, where):
 def load_config(path=None, settings=()):
     """config.yaml of this folder, the file at `path` laid over it, then `section.key=value` settings -> dict.
 
-    Every key and type is checked against config.yaml; `adapt` and `full` may hold whatever `train` holds. Raises
-    ValueError that names the nearest valid key.
+    Every key and type is checked against config.yaml; `adapt` and `full` may hold whatever `train` holds.
+    Raises ValueError that names the nearest valid key.
     """
     config = read_yaml(HERE / "config.yaml")
     own = config["train"] | {"prompt_dropout": 0.0}
@@ -137,7 +137,7 @@ def resolve_group(config, group, _inside=()):
     return out
 
 
-# ---- the backbone -------------------------------------------------------------------------------------------
+# ---- the backbone -----------------------------------------------------------------------------------------
 
 def load_backbone(name, revision="main", attention="sdpa", trust_remote_code=False):
     """-> (backbone in float32 without its pooler, tokenizer, identity): from a folder or the hub.
@@ -179,7 +179,7 @@ def load_backbone(name, revision="main", attention="sdpa", trust_remote_code=Fal
 
 def tokenizer_fingerprint(tokenizer):
     """A short hash of the ids of a few strings: tokenizers have changed silently between versions."""
-    probes = ["Hello, world! 12,345", "Привет, мир", "你好，世界", "مرحبا بالعالم", "नमस्ते", "ქართული", "a\u00a0b  \u200bc"]
+    probes = ["Hello, world! 12,345", "Привет, мир", "你好，世界", "مرحبا", "नमस्ते", "ქართული", "a\u00a0b \u200b"]
     return hashlib.sha256(repr([tokenizer(p)["input_ids"] for p in probes]).encode()).hexdigest()[:16]
 
 
@@ -205,7 +205,7 @@ def place(model, device, amp, frozen_weights="amp"):
     return nullcontext if pure or amp == "off" else lambda: torch.autocast(device.type, DTYPES[amp])
 
 
-# ---- predictions and scores ---------------------------------------------------------------------------------
+# ---- predictions and scores -------------------------------------------------------------------------------
 
 @torch.no_grad()
 def predict(model, encoded, pad_id, owner=None, budget=16384, autocast=nullcontext, progress=False):
@@ -257,7 +257,7 @@ def group_means(scores, config, sources):
     return {t: (float(np.mean(have[t])) if have[t] else None, len(have[t]), len(groups[t])) for t in groups}
 
 
-# ---- runs ---------------------------------------------------------------------------------------------------
+# ---- runs -------------------------------------------------------------------------------------------------
 
 class Run:
     """A trained prompt with everything needed to use it. Raises as xpe.load_prompt and load_config do."""
@@ -287,9 +287,10 @@ class Run:
         """Runs with equal keys can share one pass through the backbone."""
         own = str(self.folder) if self.meta["kind"] == "full" else ""
         length = self.prompt.length if self.prompt is not None else 0
-        return json.dumps([own, self.config["backbone"], length, self.head.config, self.meta["reads"],
-                           self.meta["max_length"], self.meta["labels"], self.config["data"]["name"],
-                           self.config["train"]["amp"], self.config["train"]["frozen_weights"]], sort_keys=True)
+        cfg = self.config
+        return json.dumps([own, cfg["backbone"], length, self.head.config, self.meta["reads"],
+                           self.meta["max_length"], self.meta["labels"], cfg["data"]["name"],
+                           cfg["train"]["amp"], cfg["train"]["frozen_weights"]], sort_keys=True)
 
 
 def groups_of(runs):
@@ -332,8 +333,8 @@ def join(runs, device):
 def score(runs, split, languages, device):
     """Score runs of one key on a split -> {run name: (rows, predictions, identity)}.
 
-    languages: for each run the list of its languages, or None for all. rows: a dict for each language (language,
-    n, accuracy, macro_f1, majority); predictions: one for each sentence, with the probabilities.
+    languages: for each run the list of its languages, or None for all. rows: a dict for each language
+    (language, n, accuracy, macro_f1, majority); predictions: see prediction_rows.
     """
     model, tokenizer, autocast = join(runs, device)
     config = runs[0].config
@@ -345,39 +346,45 @@ def score(runs, split, languages, device):
         if list(corpus.labels) != run.meta["labels"]:
             raise ValueError(f"{folder} has the labels {', '.join(corpus.labels)}; {run.name} was trained on "
                              f"{', '.join(run.meta['labels'])}")
-    wanted = [own or corpus.languages() for own in languages]
+    wanted = [list(dict.fromkeys(own or corpus.languages())) for own in languages]
     read = {c: corpus.read(c, split) for c in dict.fromkeys(c for own in wanted for c in own)}
     texts = [s.text for sentences in read.values() for s in sentences]
     ids = iter(encode(texts, tokenizer, runs[0].meta["max_length"]))
     ids = {c: [next(ids) for _ in sentences] for c, sentences in read.items()}
     encoded = [[row for c in own for row in ids[c]] for own in wanted]
     owner = torch.arange(len(runs)).repeat_interleave(torch.tensor([len(x) for x in encoded]))
-    logits = predict(model, sum(encoded, []), tokenizer.pad_token_id or 0, owner, config["evaluate"]["tokens"],
-                     autocast, progress=True)
+    logits = predict(model, sum(encoded, []), tokenizer.pad_token_id or 0, owner,
+                     config["evaluate"]["tokens"], autocast, progress=True)
     if not logits.isfinite().all():
         raise ValueError(f"{', '.join(r.name for r in runs)}: logits that are not finite numbers")
-    out, probabilities = {}, iter(logits.softmax(1))
+    out, parts = {}, iter(logits.softmax(1).split([len(read[c]) for own in wanted for c in own]))
     for run, own in zip(runs, wanted):
-        rows, predictions = [], []
-        for c in own:
-            p = torch.stack([next(probabilities) for _ in read[c]])         # (n, C)
+        rows, parts_of = [], {c: next(parts) for c in own}                  # (n, C) for each language
+        for c, p in parts_of.items():
             labels, predicted = np.array([s.label for s in read[c]]), p.argmax(1).numpy()
             rows.append(dict(language=c, n=len(labels), accuracy=accuracy(labels, predicted),
                              macro_f1=macro_f1(labels, predicted), majority=majority(labels)))
-            names = corpus.labels
-            predictions += [dict(language=c, index_id=s.index_id, label=names[s.label], predicted=names[best],
-                                 **{f"p({name})": f"{x:.5f}" for name, x in zip(names, row)})
-                            for s, best, row in zip(read[c], predicted, p.tolist())]
-        data = fingerprint([s for c in own for s in read[c]])
-        out[run.name] = rows, predictions, {"revision": revision, "data": data}
+        identity = {"revision": revision, "data": fingerprint([s for c in own for s in read[c]])}
+        out[run.name] = rows, prediction_rows(read, parts_of, corpus.labels), identity
     return out
+
+
+def prediction_rows(read, probabilities, labels):
+    """One dict for each sentence, made as it is written: ten runs of 205 languages would fill the memory."""
+    for language, parts in probabilities.items():
+        for s, p in zip(read[language], parts.tolist()):
+            yield dict(language=language, index_id=s.index_id, label=labels[s.label],
+                       predicted=labels[max(range(len(p)), key=p.__getitem__)],
+                       **{f"p({name})": f"{x:.5f}" for name, x in zip(labels, p)})
 
 
 def to_csv(rows):
     """Dicts with equal keys -> CSV as bytes."""
-    out = io.StringIO(newline="")
-    writer = csv.DictWriter(out, rows[0].keys(), lineterminator="\n")
+    out, rows = io.StringIO(newline=""), iter(rows)
+    first = next(rows)
+    writer = csv.DictWriter(out, first.keys(), lineterminator="\n")
     writer.writeheader()
+    writer.writerow(first)
     writer.writerows(rows)
     return out.getvalue().encode()
 
@@ -415,7 +422,7 @@ def table(run, rows, every_language=True):
 
 
 def report_scores(runs, split, languages, device, out=None, whole=True):
-    """Score runs, print a table for each, and write the files (of a part of the languages only where `out` is)."""
+    """Score runs, print a table for each, write the files (of a part of the languages only with `out`)."""
     for run in runs:
         both = [c for c in languages or () if c in run.sources]
         if both:
@@ -428,7 +435,7 @@ def report_scores(runs, split, languages, device, out=None, whole=True):
         seconds = time.time() - start
         for run in group:
             rows, predictions, identity = results[run.name]
-            n += len(predictions)
+            n += sum(r["n"] for r in rows)
             print(table(run, rows, len(runs) < 4 or len(rows) < 4))
             if out or whole:
                 folder = Path(out) / run.name if out else run.folder
@@ -454,8 +461,8 @@ def classify(runs, texts, device):
 
 def main(argv=None):
     """The command line."""
-    parser = argparse.ArgumentParser(description="Score trained prompts on every language; report and export.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, or names on the hub (name@branch)")
+    parser = argparse.ArgumentParser(description="Score prompts on every language; report; export.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, or hub names (name@branch)")
     parser.add_argument("--split", default="test", choices=("train", "dev", "test"))
     parser.add_argument("--languages", help="codes, separated by commas (default: all)")
     parser.add_argument("--groups", help="groups of the configuration, separated by commas")
@@ -467,7 +474,7 @@ def main(argv=None):
     parser.add_argument("--report", action="store_true", help="methods x groups, from scored run folders")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="is method A better than method B?")
     parser.add_argument("--plot", metavar="FILE.png", help="with --compare: gain per language (matplotlib)")
-    parser.add_argument("--leave-out", default="", metavar="CODES", help="of the report, ars_Arab for instance")
+    parser.add_argument("--leave-out", default="", metavar="CODES", help="of the report: ars_Arab, say")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: auto)")
     args = parser.parse_args(argv)
     if args.report or args.compare or args.plot:

@@ -34,15 +34,15 @@ from evaluate import (Run, load_backbone, load_config, pick_device, place, predi
                       resolve_group, tokenizer_fingerprint, warn)
 
 
-# ---- optimizer and schedule ---------------------------------------------------------------------------------
+# ---- optimizer and schedule -------------------------------------------------------------------------------
 
 class Optimizer:
-    """Clips and steps K learners in one model, each by itself: every tensor is (K, ...), slice k is learner k's.
+    """Clips and steps K learners in one model, each by itself: tensors are (K, ...), slice k is learner k's.
 
     `adafactor` is transformers.Adafactor with a fixed rate (no relative step, no parameter scaling, clip
     threshold 1, decay -0.8, no momentum), as the authors' runs had it; `adamw` is torch's. A learner whose
-    gradient is not finite stands still from then on (`failed_at`: the step); under fp16 that step is left out and
-    its loss scale halved. Nothing here waits for the GPU. `stacked` False: one learner, tensors without a K.
+    gradient is not finite stands still from then on (`failed_at`: the step); under fp16 that step is left out
+    and its loss scale halved. Nothing here waits for the GPU. Not `stacked`: one learner, tensors without K.
     """
 
     def __init__(self, groups, K, rule, clip, fp16, stacked=True):
@@ -95,7 +95,8 @@ class Optimizer:
                 root = moments[0].rsqrt()
                 if x.dim() > 2:     # the second moment as the outer product of its rows' and columns' means
                     row, column = moments
-                    root = (row / row.mean(-1, keepdim=True)).rsqrt()[..., None] * column.rsqrt()[..., None, :]
+                    root = (row / row.mean(-1, keepdim=True)).rsqrt()[..., None]
+                    root = root * column.rsqrt()[..., None, :]
                 update = g * root
                 update = update / k(update.flatten(1).square().mean(1).sqrt().clamp(min=1))
             rate = k(finite * (factor * group["rate"]))                     # not finite: no rate, no step
@@ -111,7 +112,7 @@ class Optimizer:
 
     def tensors(self):
         """All tensors of its state, each (K, ...)."""
-        return [self.steps, self.scale, self.good, self.failed_at, *(m for some in self.moments for m in some)]
+        return [self.steps, self.scale, self.good, self.failed_at, *sum(self.moments, [])]
 
     def keep(self, ks):
         """Let only these learners go on: the stack becomes smaller."""
@@ -120,8 +121,8 @@ class Optimizer:
 
 
 def schedule(step, steps, warmup, kind, cycles):
-    """Factor on every rate at a step (from 0): linear warm-up, then a cosine with hard restarts or a line to zero,
-    as transformers' get_cosine_with_hard_restarts_schedule_with_warmup has it."""
+    """Factor on every rate at a step (from 0): linear warm-up, then a cosine with hard restarts or a line to
+    zero, as transformers' get_cosine_with_hard_restarts_schedule_with_warmup has it."""
     warm = math.ceil(steps * warmup)
     if step < warm:
         return step / max(1, warm)
@@ -131,7 +132,7 @@ def schedule(step, steps, warmup, kind, cycles):
     return 0.5 * (1 + math.cos(math.pi * (cycles * progress % 1)))
 
 
-# ---- what is trained ----------------------------------------------------------------------------------------
+# ---- what is trained --------------------------------------------------------------------------------------
 
 class Task:
     """Training and dev sentences of some languages, tokenized: shared by all seeds that train on them."""
@@ -170,7 +171,7 @@ class Learner:
         s["dev"] = accuracy
         if better:
             s.update(best=accuracy, best_step=step, best_loss=loss)
-        # authors' code: patience watches the dev *loss*, from half of the steps on; kept is the best *accuracy*
+        # authors' code: patience watches the dev *loss*, from half of the steps; kept is the best *accuracy*
         if cfg["patience"] and step >= int(steps * cfg["patience_after"]):
             s["waited"] = 0 if loss < s["watched"] else s["waited"] + 1
             s["watched"] = min(s["watched"], loss)
@@ -206,17 +207,19 @@ class Learner:
 
 def snapshot(model, k, full):
     """The trained tensors of learner k, on the CPU."""
-    out = {part: xpe.take(module, k) for part, module in (("prompt", model.prompt), ("head", model.head)) if module}
+    out = {"head": xpe.take(model.head, k)}
+    if model.prompt:
+        out["prompt"] = xpe.take(model.prompt, k)
     if full:
         out["backbone"] = {n: t.detach().cpu().clone() for n, t in model.backbone.state_dict().items()}
     return out
 
 
-# ---- checkpoints: everything to go on, exactly --------------------------------------------------------------
+# ---- checkpoints: everything to go on, exactly ------------------------------------------------------------
 
 def save_checkpoints(learners, step, model, optimizer, generators):
-    """Write checkpoint-<step>.pt for all learners of a pass, and only then delete the older ones: whenever the
-    process dies, there is a step at which all of them can go on together."""
+    """Write checkpoint-<step>.pt for all learners of a pass, and only then delete the older ones: whenever
+    the process dies, there is a step at which all of them can go on together."""
     random = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
     for k, learner in enumerate(learners):
         state = dict(step=step, state=learner.state, best=learner.tensors, random=random,
@@ -232,12 +235,12 @@ def save_checkpoints(learners, step, model, optimizer, generators):
 
 def checkpoint_steps(learner):
     """The steps at which this learner can go on; 0, the start, is always one."""
-    found = (re.fullmatch(r"checkpoint-(\d{1,12})\.pt", p.name) for p in learner.folder.glob("checkpoint-*.pt"))
-    return {0} | {int(m[1]) for m in found if m}
+    names = (re.fullmatch(r"checkpoint-(\d{1,12})\.pt", p.name) for p in learner.folder.glob("checkpoint-*"))
+    return {0} | {int(m[1]) for m in names if m}
 
 
 def load_checkpoints(learners, step, model, optimizer, generators):
-    """Put a pass back to where it stood at `step`. Raises ValueError for a file that is not such a checkpoint."""
+    """Put a pass back to where it stood at `step`; ValueError for a file that is not such a checkpoint."""
     states = []
     for learner in learners:
         path, settings = learner.folder / f"checkpoint-{step}.pt", learner.meta["training"]["settings"]
@@ -246,11 +249,12 @@ def load_checkpoints(learners, step, model, optimizer, generators):
             assert state["step"] == step and state["state"].keys() == learner.state.keys()
             differs = [key for key in settings if state["settings"].get(key) != settings[key]]
         except Exception as e:      # whatever torch.load makes of a broken or hostile file; it runs no code
-            raise ValueError(f"{path}: no checkpoint of this project ({type(e).__name__}); remove it to go on "
-                             f"from an earlier one") from None
+            raise ValueError(f"{path}: no checkpoint of this project ({type(e).__name__}); without it "
+                             f"the run starts over") from None
         if differs:
-            raise ValueError(f"{path}: was started with {differs[0]} {state['settings'].get(differs[0])!r}, not "
-                             f"{settings[differs[0]]!r}: --resume goes on with the same settings only")
+            key, then = differs[0], state["settings"].get(differs[0])
+            raise ValueError(f"{path}: {key} was {then!r}, not {settings[key]!r}: --resume goes on with the "
+                             f"same settings only")
         states.append(state)
     try:
         for part, module in ("prompt", model.prompt), ("head", model.head):
@@ -263,7 +267,7 @@ def load_checkpoints(learners, step, model, optimizer, generators):
         for learner, generator, state in zip(learners, generators, states):
             generator.set_state(state["dropout"])
             learner.state, learner.tensors = state["state"], state["best"]
-            with open(learner.folder / "metrics.jsonl", "ab") as f:     # lines of steps that are to come again
+            with open(learner.folder / "metrics.jsonl", "ab") as f:     # the steps after will come again
                 f.truncate(learner.state["metrics"])
         torch.set_rng_state(states[0]["random"][0])
         for random in states[0]["random"][1:]:
@@ -273,7 +277,7 @@ def load_checkpoints(learners, step, model, optimizer, generators):
 
 
 class Interrupts:
-    """Turns Ctrl-C and SIGTERM into a flag: the step ends, the checkpoint is written. A second one ends at once."""
+    """Ctrl-C and SIGTERM become a flag: the step ends, a checkpoint is written. A second one ends at once."""
 
     def __enter__(self):
         self.got, self.old = False, {n: signal.signal(n, self._flag) for n in (signal.SIGINT, signal.SIGTERM)}
@@ -288,14 +292,15 @@ class Interrupts:
             signal.signal(number, handler)
 
 
-# ---- the loop -----------------------------------------------------------------------------------------------
+# ---- the loop ---------------------------------------------------------------------------------------------
 
 def train(learners, model, autocast, cfg, pad_id, device, resume=False, quiet=False):
-    """Train K learners through one backbone until each has stopped; returns whether they all have (or whether the
-    user interrupted). They have equally many sentences; model holds their K prompts and heads; cfg: settings_for."""
-    full = cfg["mode"] == "full"
-    groups = parameter_groups(model, cfg)
-    optimizer = Optimizer(groups, len(learners), cfg["optimizer"], cfg["clip"], cfg["amp"] == "fp16", not full)
+    """Train K learners through one backbone until each has stopped; False if the user interrupted that.
+
+    They have equally many sentences, and model holds their K prompts and heads; cfg: see settings_for.
+    """
+    optimizer = Optimizer(parameter_groups(model, cfg), len(learners), cfg["optimizer"], cfg["clip"],
+                          cfg["amp"] == "fp16", stacked=cfg["mode"] != "full")
     generators = [torch.Generator(device).manual_seed(x.seed) for x in learners]    # of each prompt's dropout
     torch.manual_seed(learners[0].seed)                                             # of the backbone's
     model.set_generators(generators)
@@ -308,10 +313,12 @@ def train(learners, model, autocast, cfg, pad_id, device, resume=False, quiet=Fa
     if step:
         load_checkpoints(learners, step, model, optimizer, generators)
     else:
-        for stale in (f for x in learners for f in (*x.folder.glob("checkpoint-*.pt"), x.folder / "metrics.jsonl")):
-            stale.unlink(missing_ok=True)
+        for x in learners:
+            for stale in (*x.folder.glob("checkpoint-*.pt"), x.folder / "metrics.jsonl"):
+                stale.unlink(missing_ok=True)
     saved, clock, loss_sum, summed, epoch, orders = step, time.time(), 0, 0, None, None
     weights = torch.stack([x.task.weights for x in learners]).to(device)                    # (K, C)
+    multiple = 8 if device.type == "cuda" else 1        # tensor cores like lengths that 8 divides
     bar = tqdm(total=steps, initial=step, unit=" steps", disable=quiet or None, dynamic_ncols=True)
     with Interrupts() as interrupts:
         while True:
@@ -343,7 +350,7 @@ def train(learners, model, autocast, cfg, pad_id, device, resume=False, quiet=Fa
             micro = range(first, min(first + accumulate, batches))
             for i in micro:
                 rows = [(x.task, j) for x, order in zip(learners, orders) for j in order[i]]
-                ids, mask = collate([t.ids["train"][j] for t, j in rows], pad_id, 8 if device.type == "cuda" else 1)
+                ids, mask = collate([t.ids["train"][j] for t, j in rows], pad_id, multiple)
                 labels = torch.tensor([t.labels["train"][j] for t, j in rows])
                 ids, mask, labels = (t.to(device, non_blocking=True) for t in (ids, mask, labels))
                 with autocast():
@@ -352,7 +359,7 @@ def train(learners, model, autocast, cfg, pad_id, device, resume=False, quiet=Fa
                 w = weights.gather(1, labels.view(K, -1))
                 loss = (loss * w).sum(1) / w.sum(1) / len(micro)                            # (K,)
                 (loss * optimizer.scale).sum().backward()
-                loss_sum = loss_sum + loss.detach()     # on the device: reading it at each step would wait for it
+                loss_sum = loss_sum + loss.detach()     # stays on the device: reading it would wait
             optimizer.step(step + 1, schedule(step, steps, cfg["warmup"], cfg["schedule"], cfg["cycles"]))
             step, summed = step + 1, summed + 1
             bar.update()
@@ -385,14 +392,14 @@ def judge_all(learners, model, optimizer, step, steps, train_loss, cfg, pad_id, 
         labels, failed = torch.from_numpy(learner.task.labels["dev"]), int(optimizer.failed_at[k])
         loss = float(F.cross_entropy(part, labels))
         if failed or not math.isfinite(loss):
-            learner.state["stopped"] = (f"diverged: loss or gradient not finite at step {failed or step}, seed "
-                                        f"{learner.seed}, {', '.join(learner.task.languages[:8])}")
+            learner.state["stopped"] = (f"diverged: loss or gradient not finite at step {failed or step}, "
+                                        f"seed {learner.seed}, {', '.join(learner.task.languages[:8])}")
         elif learner.judge(step, steps, 100.0 * float((part.argmax(1) == labels).double().mean()), loss,
                            float(train_loss[k]), cfg):
             learner.tensors = snapshot(model, k, not optimizer.stacked)
 
 
-# ---- the command line ---------------------------------------------------------------------------------------
+# ---- the command line -------------------------------------------------------------------------------------
 
 def parse_seeds(text):
     """'11-13,20' -> [11, 12, 13, 20]."""
@@ -417,7 +424,8 @@ def settings_for(config, mode, adapt, steps):
             raise ValueError(f"train.{key} must be at least 1, not {cfg[key]}")
     if not cfg["steps"] and not cfg["epochs"]:
         raise ValueError("train.steps or train.epochs must be at least 1")
-    return cfg | {"mode": mode, "dropout": config["backbone"]["dropout"], "tokens": config["evaluate"]["tokens"]}
+    return cfg | {"mode": mode, "dropout": config["backbone"]["dropout"],
+                  "tokens": config["evaluate"]["tokens"]}
 
 
 def parameter_groups(model, cfg):
@@ -428,7 +436,7 @@ def parameter_groups(model, cfg):
             p.requires_grad_(False)     # the baseline: a random prompt that stays random
         if p.requires_grad:
             own = {"prompt.standard": "standard_", "prompt.encoded": "encoded_"}.get(name, "")
-            bias = not own and ("bias" in name or "norm" in name.lower())   # transformers' rule: no decay there
+            bias = not own and ("bias" in name or "norm" in name.lower())   # transformers: no decay there
             key = cfg[f"{own}rate"], 0.0 if bias else cfg[f"{own}weight_decay"]
             groups.setdefault(key, []).append(p)
     return [dict(params=params, rate=rate, weight_decay=decay) for (rate, decay), params in groups.items()]
@@ -471,7 +479,8 @@ def plan(args):
     if source and list(corpus.labels) != source.meta["labels"]:
         raise ValueError(f"{folder}: has the labels {', '.join(corpus.labels)}; {args.adapt} knows "
                          f"{', '.join(source.meta['labels'])}")
-    return config, cfg, source, languages, corpus, {"name": config["data"]["name"], "revision": revision}, group
+    data = {"name": config["data"]["name"], "revision": revision}
+    return config, cfg, source, languages, corpus, data, group
 
 
 def make_learners(args, config, cfg, source, languages, corpus, data, group, tokenizer, identity):
@@ -485,12 +494,12 @@ def make_learners(args, config, cfg, source, languages, corpus, data, group, tok
         for task in tasks:
             meta = {"kind": cfg["mode"], "backbone": identity, "tokenizer": tokenizer_fingerprint(tokenizer),
                     "reads": "first" if cfg["mode"] == "full" else config["prompt"]["reads"],
-                    "labels": list(corpus.labels), "max_length": max_length, "sources": languages, "seed": seed,
-                    "data": data | {"fingerprint": task.fingerprint}}
+                    "labels": list(corpus.labels), "max_length": max_length, "sources": languages,
+                    "seed": seed, "data": data | {"fingerprint": task.fingerprint}}
             name = f"{label}-{group}-s{seed}"
             if source:
-                meta |= {"sources": source.sources, "reads": source.meta["reads"], "adapted_from": source.name,
-                         "adapted_to": task.languages[0]}
+                meta |= {"sources": source.sources, "reads": source.meta["reads"],
+                         "adapted_from": source.name, "adapted_to": task.languages[0]}
                 name = f"{re.sub(r'-s[0-9]+$', '', source.name)}-to-{task.languages[0]}-s{seed}"
             settings = cfg | {"data": task.fingerprint, "backbone": identity["fingerprint"],
                               "reads": meta["reads"], "max_length": max_length}
@@ -503,20 +512,21 @@ def make_learners(args, config, cfg, source, languages, corpus, data, group, tok
 
 def make_model(learners, backbone, config, cfg, source):
     """K prompts and heads around the backbone, each started from its own seed (or from the source run)."""
-    prompts, heads, p = [], [], config["prompt"]
+    prompts, heads, p, (h_in, h_out) = [], [], config["prompt"], xpe.widths(backbone)
     drop = [getattr(backbone.config, x, None) for x in ("classifier_dropout", "hidden_dropout_prob")]
     drop = next((x for x in drop if x is not None), 0.1)            # as XLM-R's own head takes it
     for learner in learners:
         torch.manual_seed(learner.seed)
         if source:
-            sizes = source.prompt.config | {"dropout": cfg.get("prompt_dropout", source.prompt.config["dropout"])}
+            dropout = cfg.get("prompt_dropout", source.prompt.config["dropout"])
+            sizes = source.prompt.config | {"dropout": dropout}
             prompts.append(xpe.put(xpe.SoftPrompt(**sizes), xpe.take(source.prompt, 0)))
             heads.append(xpe.put(xpe.ClassificationHead(**source.head.config), xpe.take(source.head, 0)))
         else:
             ratio = {"xpe": 1.0, "dual": p["ratio"]}.get(cfg["mode"], 0.0)
-            prompts.append(xpe.SoftPrompt(xpe.widths(backbone)[0], p["length"], ratio, p["encoder"], p["hidden"],
-                                          p["layers"], p["dropout"], p["heads"]) if cfg["mode"] != "full" else None)
-            heads.append(xpe.ClassificationHead(xpe.widths(backbone)[1], len(learner.meta["labels"]), float(drop)))
+            sizes = {k: p[k] for k in ("length", "encoder", "hidden", "layers", "dropout", "heads")}
+            prompts.append(None if cfg["mode"] == "full" else xpe.SoftPrompt(h_in, ratio=ratio, **sizes))
+            heads.append(xpe.ClassificationHead(h_out, len(learner.meta["labels"]), float(drop)))
         learner.meta |= {"prompt": prompts[-1].config if prompts[-1] else None, "head": heads[-1].config}
     return xpe.PromptedClassifier(backbone, xpe.stack(prompts) if prompts[0] else None, xpe.stack(heads),
                                   learners[0].meta["reads"], frozen=cfg["mode"] != "full")
@@ -524,38 +534,40 @@ def make_model(learners, backbone, config, cfg, source):
 
 def main(argv=None):
     """The command line."""
-    parser = argparse.ArgumentParser(description="Train soft prompts on source languages, the backbone frozen.")
+    parser = argparse.ArgumentParser(description="Train soft prompts, the backbone frozen.")
     parser.add_argument("--mode", choices=xpe.KINDS, help="spt, xpe, dual, or the baselines head and full")
-    parser.add_argument("--ratio", type=float, help="with --mode dual: share of encoded rows (paper: 0.3, 0.7)")
-    parser.add_argument("--sources", required=True, metavar="FILE", help="configuration; names the source group")
+    parser.add_argument("--ratio", type=float, help="with --mode dual: share of encoded rows")
+    parser.add_argument("--sources", required=True, metavar="FILE", help="settings; they name the source group")
     parser.add_argument("--group", help="another group of that file")
     parser.add_argument("--languages", help="these languages instead, separated by commas")
     parser.add_argument("--seeds", help="11, 11-20 or 11,15 (default: 11)")
     parser.add_argument("--data", help="folder <language>/{train,dev,test}.tsv, or a dataset on the hub")
     parser.add_argument("--backbone", help="folder, or a model on the hub")
     parser.add_argument("--steps", type=int, help="optimizer steps at most")
-    parser.add_argument("--adapt", metavar="RUN", help="adapt this run to each language of the group by itself")
+    parser.add_argument("--adapt", metavar="RUN", help="adapt this run to each language of the group")
     parser.add_argument("--out", default="runs", help="where the run folders go (default: runs)")
     parser.add_argument("--resume", action="store_true", help="go on with runs that were interrupted")
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help="any setting")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: auto)")
     args = parser.parse_args(argv)
-    rank, world, local = (int(os.environ.get(x, d)) for x, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, local, world = (int(os.environ.get(x) or 0) for x in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
 
     config, cfg, source, languages, corpus, data, group = plan(args)
     b = config["backbone"]
-    backbone, tokenizer, identity = load_backbone(b["name"], b["revision"], b["attention"], b["trust_remote_code"])
-    if source and source.meta["backbone"].get("fingerprint", identity["fingerprint"]) != identity["fingerprint"]:
+    backbone, tokenizer, identity = load_backbone(b["name"], b["revision"], b["attention"],
+                                                  b["trust_remote_code"])
+    if source and source.meta["backbone"].get("fingerprint") not in (None, identity["fingerprint"]):
         raise ValueError(f"--adapt {args.adapt}: was trained on another backbone than {b['name']}")
     learners = make_learners(args, config, cfg, source, languages, corpus, data, group, tokenizer, identity)
     for learner in learners:
         if learner.folder.exists() and not args.resume:
-            raise FileExistsError(f"{learner.folder} exists: --resume goes on with it, --out starts elsewhere")
-    learners = learners[rank::world]        # torchrun: each process trains its share, none needs the others
+            raise FileExistsError(f"{learner.folder} exists: --resume goes on, --out starts elsewhere")
+    learners = learners[rank::world or 1]   # torchrun: each process trains its share, none needs the others
     gpu = args.device == "auto" and torch.cuda.is_available()
     device = pick_device(f"cuda:{local}" if gpu else args.device)
     size = 1 if cfg["mode"] == "full" else cfg["learners_at_once"]
-    sizes = dict.fromkeys(len(x.task.lengths) for x in learners)    # a pass has equal blocks: equally many sentences
+    # a pass has equal blocks of rows, so its learners have equally many sentences
+    sizes = dict.fromkeys(len(x.task.lengths) for x in learners)
     passes = [[x for x in learners if len(x.task.lengths) == n] for n in sizes]
     passes = [some[i:i + size] for some in passes for i in range(0, len(some), size)]
     fresh = {k: v.clone() for k, v in backbone.state_dict().items()} if cfg["mode"] == "full" else None
@@ -576,15 +588,17 @@ def main(argv=None):
             learner.folder.mkdir(parents=True, exist_ok=True)
             text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=110)
             xpe.write_atomic(learner.folder / "config.yaml", text.encode())
-        print(f"{cfg['mode']}: {len(todo)} x {count:,} trainable numbers; {len(todo[0].task.lengths):,} sentences "
-              f"of {group}; {device.type}, {cfg['amp']}", flush=True)
+        n = len(todo[0].task.lengths)
+        print(f"{cfg['mode']}: {len(todo)} x {count:,} trainable numbers; {n:,} sentences of {group}; "
+              f"{device.type}, {cfg['amp']}", flush=True)
         try:
-            done = train(todo, model, autocast, cfg, tokenizer.pad_token_id or 0, device, args.resume, rank > 0)
+            pad_id = tokenizer.pad_token_id or 0
+            done = train(todo, model, autocast, cfg, pad_id, device, args.resume, quiet=rank > 0)
         except RuntimeError as e:
             if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
                 raise
-            raise ValueError(f"out of memory with {len(todo)} learners of {cfg['batch_size']} sentences each: lower "
-                             f"train.learners_at_once, train.batch_size or evaluate.tokens") from None
+            raise ValueError(f"out of memory with {len(todo)} learners of {cfg['batch_size']} sentences: "
+                             f"lower train.learners_at_once, train.batch_size or evaluate.tokens") from None
         if not done:
             print(f"interrupted; go on with: python {' '.join(sys.argv)}{'' if args.resume else ' --resume'}")
             return 130
