@@ -187,10 +187,12 @@ def pick_device(name="auto"):
     """A torch device; `auto` takes CUDA where there is one. Raises ValueError if it cannot be used."""
     name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     try:
-        torch.empty(1, device=name)
+        device = torch.empty(1, device=name).device
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f"--device {name}: {str(e).splitlines()[0]}") from None
-    return torch.device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
 def place(model, device, amp, frozen_weights="amp"):
@@ -421,8 +423,9 @@ def table(run, rows, every_language=True):
     return "\n".join(lines)
 
 
-def report_scores(runs, split, languages, device, out=None, whole=True):
-    """Score runs, print a table for each, write the files (of a part of the languages only with `out`)."""
+def report_scores(runs, split, languages, device, out=None, whole=True, show=True):
+    """Score runs -> the rows of each; print tables, write files (of a part of the languages only with `out`)."""
+    done = {}
     for run in runs:
         both = [c for c in languages or () if c in run.sources]
         if both:
@@ -435,13 +438,15 @@ def report_scores(runs, split, languages, device, out=None, whole=True):
         seconds = time.time() - start
         for run in group:
             rows, predictions, identity = results[run.name]
-            n += sum(r["n"] for r in rows)
-            print(table(run, rows, len(runs) < 4 or len(rows) < 4))
+            n, done[run.name] = n + sum(r["n"] for r in rows), rows
+            if show:
+                print(table(run, rows, every_language=len(runs) < 4))
             if out or whole:
                 folder = Path(out) / run.name if out else run.folder
                 write_scores(run, split, rows, predictions, identity, folder)
-                print(f"  {folder}/{split}.csv, .json, _predictions.csv")
+                print(f"  {folder}/{split}.csv, .json, _predictions.csv" if show else "", end="\n" * show)
         print(f"{n:,} sentences in {seconds:.1f} s, loading included\n")
+    return [done[run.name] for run in runs]
 
 
 def classify(runs, texts, device):

@@ -20,6 +20,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ from tqdm import tqdm
 import xpe
 from data import Corpus, collate, encode, fingerprint, length_batches, locate, nearest, run_main
 from evaluate import (Run, load_backbone, load_config, pick_device, place, predict, report_scores,
-                      resolve_group, tokenizer_fingerprint, warn)
+                      resolve_group, score, tokenizer_fingerprint, warn)
 
 
 # ---- optimizer and schedule -------------------------------------------------------------------------------
@@ -444,7 +445,7 @@ def parameter_groups(model, cfg):
 
 def plan(args):
     """Read configuration, source run and data, and check what can be checked before anything is written
-    -> (config, cfg, source run or None, languages, corpus, data identity, name of the group)."""
+    -> config, cfg (settings_for), source (a Run to adapt, or None), group, languages, corpus, data."""
     config = load_config(args.sources, args.set)
     config["data"]["name"] = args.data or config["data"]["name"]
     config["backbone"]["name"] = args.backbone or config["backbone"]["name"]
@@ -480,56 +481,59 @@ def plan(args):
         raise ValueError(f"{folder}: has the labels {', '.join(corpus.labels)}; {args.adapt} knows "
                          f"{', '.join(source.meta['labels'])}")
     data = {"name": config["data"]["name"], "revision": revision}
-    return config, cfg, source, languages, corpus, data, group
+    return SimpleNamespace(config=config, cfg=cfg, source=source, group=group, languages=languages,
+                           corpus=corpus, data=data)
 
 
-def make_learners(args, config, cfg, source, languages, corpus, data, group, tokenizer, identity):
+def make_learners(job, args, tokenizer, identity):
     """One learner for each seed; with a source run, one for each seed and target language."""
-    max_length = source.meta["max_length"] if source else config["data"]["max_length"]
-    each = [[x] for x in languages] if source else [languages]
-    tasks = [Task(corpus, x, tokenizer, max_length, cfg["class_weights"] == "balanced") for x in each]
-    label = f"dual{round(100 * config['prompt']['ratio'])}" if cfg["mode"] == "dual" else cfg["mode"]
+    cfg, source, prompt = job.cfg, job.source, job.config["prompt"]
+    max_length = source.meta["max_length"] if source else job.config["data"]["max_length"]
+    reads = source.meta["reads"] if source else "first" if cfg["mode"] == "full" else prompt["reads"]
+    each = [[x] for x in job.languages] if source else [job.languages]
+    tasks = [Task(job.corpus, x, tokenizer, max_length, cfg["class_weights"] == "balanced") for x in each]
+    versions = {"python": platform.python_version(), "torch": torch.__version__,
+                "transformers": transformers.__version__}
     learners = []
     for seed in parse_seeds(args.seeds or str(source.meta.get("seed", 11) if source else 11)):
         for task in tasks:
+            settings = cfg | {"data": task.fingerprint, "backbone": identity["fingerprint"], "reads": reads,
+                              "max_length": max_length}
             meta = {"kind": cfg["mode"], "backbone": identity, "tokenizer": tokenizer_fingerprint(tokenizer),
-                    "reads": "first" if cfg["mode"] == "full" else config["prompt"]["reads"],
-                    "labels": list(corpus.labels), "max_length": max_length, "sources": languages,
-                    "seed": seed, "data": data | {"fingerprint": task.fingerprint}}
-            name = f"{label}-{group}-s{seed}"
+                    "reads": reads, "labels": list(job.corpus.labels), "max_length": max_length,
+                    "sources": job.languages, "seed": seed,
+                    "data": job.data | {"fingerprint": task.fingerprint},
+                    "training": {"settings": settings, "versions": versions}}
+            label = f"dual{round(100 * prompt['ratio'])}" if cfg["mode"] == "dual" else cfg["mode"]
+            name = f"{label}-{job.group}-s{seed}"
             if source:
-                meta |= {"sources": source.sources, "reads": source.meta["reads"],
-                         "adapted_from": source.name, "adapted_to": task.languages[0]}
+                meta |= {"sources": source.sources, "adapted_from": source.name,
+                         "adapted_to": task.languages[0]}
                 name = f"{re.sub(r'-s[0-9]+$', '', source.name)}-to-{task.languages[0]}-s{seed}"
-            settings = cfg | {"data": task.fingerprint, "backbone": identity["fingerprint"],
-                              "reads": meta["reads"], "max_length": max_length}
-            meta["training"] = {"settings": settings, "versions": {
-                "python": platform.python_version(), "torch": torch.__version__,
-                "transformers": transformers.__version__, "device": args.device}}
             learners.append(Learner(Path(args.out) / name, seed, task, meta))
     return learners
 
 
-def make_model(learners, backbone, config, cfg, source):
+def make_model(job, learners, backbone):
     """K prompts and heads around the backbone, each started from its own seed (or from the source run)."""
-    prompts, heads, p, (h_in, h_out) = [], [], config["prompt"], xpe.widths(backbone)
+    full, source, prompts, heads = job.cfg["mode"] == "full", job.source, [], []
+    h_in, h_out = xpe.widths(backbone)
+    sizes = {k: v for k, v in job.config["prompt"].items() if k != "reads"}
+    sizes["ratio"] = {"xpe": 1.0, "dual": sizes["ratio"]}.get(job.cfg["mode"], 0.0)
     drop = [getattr(backbone.config, x, None) for x in ("classifier_dropout", "hidden_dropout_prob")]
     drop = next((x for x in drop if x is not None), 0.1)            # as XLM-R's own head takes it
     for learner in learners:
         torch.manual_seed(learner.seed)
         if source:
-            dropout = cfg.get("prompt_dropout", source.prompt.config["dropout"])
-            sizes = source.prompt.config | {"dropout": dropout}
+            sizes = source.prompt.config | {"dropout": job.cfg["prompt_dropout"]}
             prompts.append(xpe.put(xpe.SoftPrompt(**sizes), xpe.take(source.prompt, 0)))
             heads.append(xpe.put(xpe.ClassificationHead(**source.head.config), xpe.take(source.head, 0)))
         else:
-            ratio = {"xpe": 1.0, "dual": p["ratio"]}.get(cfg["mode"], 0.0)
-            sizes = {k: p[k] for k in ("length", "encoder", "hidden", "layers", "dropout", "heads")}
-            prompts.append(None if cfg["mode"] == "full" else xpe.SoftPrompt(h_in, ratio=ratio, **sizes))
+            prompts.append(None if full else xpe.SoftPrompt(h_in, **sizes))
             heads.append(xpe.ClassificationHead(h_out, len(learner.meta["labels"]), float(drop)))
-        learner.meta |= {"prompt": prompts[-1].config if prompts[-1] else None, "head": heads[-1].config}
-    return xpe.PromptedClassifier(backbone, xpe.stack(prompts) if prompts[0] else None, xpe.stack(heads),
-                                  learners[0].meta["reads"], frozen=cfg["mode"] != "full")
+        learner.meta |= {"prompt": None if full else prompts[-1].config, "head": heads[-1].config}
+    return xpe.PromptedClassifier(backbone, None if full else xpe.stack(prompts), xpe.stack(heads),
+                                  learners[0].meta["reads"], frozen=not full)
 
 
 def main(argv=None):
@@ -537,7 +541,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Train soft prompts, the backbone frozen.")
     parser.add_argument("--mode", choices=xpe.KINDS, help="spt, xpe, dual, or the baselines head and full")
     parser.add_argument("--ratio", type=float, help="with --mode dual: share of encoded rows")
-    parser.add_argument("--sources", required=True, metavar="FILE", help="settings; they name the source group")
+    parser.add_argument("--sources", required=True, metavar="FILE", help="settings; name the source group")
     parser.add_argument("--group", help="another group of that file")
     parser.add_argument("--languages", help="these languages instead, separated by commas")
     parser.add_argument("--seeds", help="11, 11-20 or 11,15 (default: 11)")
@@ -552,13 +556,13 @@ def main(argv=None):
     args = parser.parse_args(argv)
     rank, local, world = (int(os.environ.get(x) or 0) for x in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
 
-    config, cfg, source, languages, corpus, data, group = plan(args)
-    b = config["backbone"]
+    job = plan(args)
+    cfg, source, b = job.cfg, job.source, job.config["backbone"]
     backbone, tokenizer, identity = load_backbone(b["name"], b["revision"], b["attention"],
                                                   b["trust_remote_code"])
     if source and source.meta["backbone"].get("fingerprint") not in (None, identity["fingerprint"]):
         raise ValueError(f"--adapt {args.adapt}: was trained on another backbone than {b['name']}")
-    learners = make_learners(args, config, cfg, source, languages, corpus, data, group, tokenizer, identity)
+    learners = make_learners(job, args, tokenizer, identity)
     for learner in learners:
         if learner.folder.exists() and not args.resume:
             raise FileExistsError(f"{learner.folder} exists: --resume goes on, --out starts elsewhere")
@@ -580,16 +584,16 @@ def main(argv=None):
             continue
         if fresh:
             backbone.float().load_state_dict(fresh)
-        model = make_model(todo, backbone, config, cfg, source)
+        model = make_model(job, todo, backbone)
         autocast = place(model, device, cfg["amp"], cfg["frozen_weights"])
         count = sum(p.numel() for g in parameter_groups(model, cfg) for p in g["params"]) // len(todo)
         for learner in todo:
             learner.meta["training"]["trainable"] = count
             learner.folder.mkdir(parents=True, exist_ok=True)
-            text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=110)
+            text = yaml.safe_dump(job.config, sort_keys=False, allow_unicode=True, width=110)
             xpe.write_atomic(learner.folder / "config.yaml", text.encode())
         n = len(todo[0].task.lengths)
-        print(f"{cfg['mode']}: {len(todo)} x {count:,} trainable numbers; {n:,} sentences of {group}; "
+        print(f"{cfg['mode']}: {len(todo)} x {count:,} trainable numbers; {n:,} sentences of {job.group}; "
               f"{device.type}, {cfg['amp']}", flush=True)
         try:
             pad_id = tokenizer.pad_token_id or 0
@@ -603,12 +607,16 @@ def main(argv=None):
             print(f"interrupted; go on with: python {' '.join(sys.argv)}{'' if args.resume else ' --resume'}")
             return 130
     good = [x for x in learners if x.finished]
-    if config["evaluate"]["after_training"] and good:
+    if job.config["evaluate"]["after_training"] and good:
+        runs = [Run(x.folder, args.backbone, args.data) for x in good]
         if source:
-            print("\nbefore adaptation, zero-shot:")
-            report_scores([source], "test", languages, device, whole=False)
-            print("after, each on its own language:")
-        report_scores([Run(x.folder, args.backbone, args.data) for x in good], "test", None, device)
+            before = score([source], "test", [job.languages], device)[source.name][0]
+            before = {row["language"]: row["accuracy"] for row in before}
+        after = report_scores(runs, "test", None, device, show=not source)
+        if source:
+            print(f"{'accuracy %':<40} zero-shot  adapted")
+            for run, (row, *_) in zip(runs, after):
+                print(f"{run.name:<40} {before[row['language']]:9.1f} {row['accuracy']:8.1f}")
     if good and rank == 0:
         print(f"next:\n  python evaluate.py {good[0].folder} --text \"Your sentence\"\n"
               f"  python evaluate.py {args.out}/* --report")
