@@ -271,13 +271,16 @@ class Run:
             if not re.fullmatch(r"\w[\w-]*/[\w.-]+", name) or name.startswith("runs/"):
                 raise FileNotFoundError(f"{where}: no such run folder")
             folder = download(name, revision or "main", "model", ["*.json", "*.safetensors", "config.yaml"])
-            self.name = str(where)
-        self.folder = folder
+            self.name = str(where).replace("/", "--")
+        self.folder = self.results = folder
         self.prompt, self.head, self.meta = xpe.load_prompt(folder)
         self.config = load_config(folder / "config.yaml" if (folder / "config.yaml").is_file() else None)
-        self.released = (folder / "adapter_config.json").is_file()      # by the paper's authors
-        if self.released:       # their files do not name the sources, their repositories do
-            self.meta["sources"] = resolve_group(self.config, "seen" if "seen" in self.name else "joshi5")
+        self.released = not (folder / "prompt.json").is_file()          # by the paper's authors
+        if self.released:       # what their files do not say, the names of their repositories and branches do
+            seed = re.search(r"seed-0*(\d+)", self.name)
+            self.meta |= {"sources": resolve_group(self.config, "seen" if "-seen" in self.name else "joshi5"),
+                          "seed": int(seed[1]) if seed else 1}
+            self.results = Path("runs") / self.name
         self.sources = self.meta.get("sources")
         if not isinstance(self.sources, list) or not all(isinstance(s, str) for s in self.sources):
             raise ValueError(f"{folder / 'prompt.json'}: 'sources' must be a list of language codes")
@@ -394,6 +397,8 @@ def to_csv(rows):
 def write_scores(run, split, rows, predictions, identity, folder):
     """Write <split>.csv, <split>.json and <split>_predictions.csv to a folder."""
     folder.mkdir(parents=True, exist_ok=True)
+    if run.released:            # in this project's format from now on
+        xpe.save_prompt(folder, xpe.take(run.prompt, 0), xpe.take(run.head, 0), run.meta)
     scores = {r["language"]: r["accuracy"] for r in rows}
     means = group_means(scores, run.config, run.sources)
     summary = {"run": run.name, "kind": run.meta["kind"], "sources": run.sources, "split": split, **identity,
@@ -424,7 +429,7 @@ def table(run, rows, every_language=True):
 
 
 def report_scores(runs, split, languages, device, out=None, whole=True, show=True):
-    """Score runs -> the rows of each; print tables, write files (of a part of the languages only with `out`)."""
+    """Score runs -> rows of each; print tables; write files, of a part of the languages only with `out`."""
     done = {}
     for run in runs:
         both = [c for c in languages or () if c in run.sources]
@@ -442,7 +447,7 @@ def report_scores(runs, split, languages, device, out=None, whole=True, show=Tru
             if show:
                 print(table(run, rows, every_language=len(runs) < 4))
             if out or whole:
-                folder = Path(out) / run.name if out else run.folder
+                folder = Path(out) / run.name if out else run.results
                 write_scores(run, split, rows, predictions, identity, folder)
                 print(f"  {folder}/{split}.csv, .json, _predictions.csv" if show else "", end="\n" * show)
         print(f"{n:,} sentences in {seconds:.1f} s, loading included\n")
