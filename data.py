@@ -57,12 +57,13 @@ def read_tsv(path, labels=LABELS):
     try:
         content = raw.decode("utf-8-sig")
     except UnicodeDecodeError as e:
-        raise ValueError(f"{path}:{raw[:e.start].count(10) + 1}: not UTF-8 (byte 0x{raw[e.start]:02x})") from None
+        line, byte = e.object[:e.start].count(10) + 1, e.object[e.start]        # e.object: what follows a BOM
+        raise ValueError(f"{path}:{line}: not UTF-8 (byte 0x{byte:02x})") from None
     if "\0" in content:
         raise ValueError(f"{path}:{content[:content.index(chr(0))].count(chr(10)) + 1}: holds a NUL byte")
     number = {name: i for i, name in enumerate(labels)}
     reader = csv.reader(io.StringIO(content, newline=""), delimiter="\t", strict=True)
-    sentences, header = [], None
+    sentences, header, ids = [], None, set()
     try:
         for row in reader:
             at = f"{path}:{reader.line_num}"
@@ -84,14 +85,14 @@ def read_tsv(path, labels=LABELS):
             if not row[text].strip():
                 raise ValueError(f"{at}: empty text")
             name = str(len(sentences)) if index_id is None else row[index_id]
+            if name in ids:
+                raise ValueError(f"{at}: index_id {name!r} stands twice")
+            ids.add(name)
             sentences.append(Sentence(name, number[row[category]], row[text]))
     except csv.Error as e:
         raise ValueError(f"{path}:{reader.line_num}: {e} (an unclosed or stray quote?)") from None
     if header is None:
         raise ValueError(f"{path}: empty file")
-    if len({s.index_id for s in sentences}) != len(sentences):
-        twice = Counter(s.index_id for s in sentences).most_common(1)[0][0]
-        raise ValueError(f"{path}: index_id {twice!r} stands twice")
     return sentences
 
 

@@ -53,6 +53,7 @@ class Optimizer:
         self.scale = torch.full((K,), 2.0 ** 16 if fp16 else 1.0, device=device)
         self.good = torch.zeros(K, device=device)                           # steps since the scale changed
         self.failed_at = torch.zeros(K, device=device)
+        self.loss = torch.zeros(K, device=device)                           # summed since the last evaluation
         self.moments = []
         for p in self.parameters():
             x = self.with_k(p.detach())
@@ -113,11 +114,11 @@ class Optimizer:
 
     def tensors(self):
         """All tensors of its state, each (K, ...)."""
-        return [self.steps, self.scale, self.good, self.failed_at, *sum(self.moments, [])]
+        return [self.steps, self.scale, self.good, self.failed_at, self.loss, *sum(self.moments, [])]
 
     def keep(self, ks):
         """Let only these learners go on: the stack becomes smaller."""
-        self.steps, self.scale, self.good, self.failed_at = (v[ks] for v in self.tensors()[:4])
+        self.steps, self.scale, self.good, self.failed_at, self.loss = (v[ks] for v in self.tensors()[:5])
         self.moments = [[m[ks] for m in some] for some in self.moments]
 
 
@@ -317,7 +318,7 @@ def train(learners, model, autocast, cfg, pad_id, device, resume=False, quiet=Fa
         for x in learners:
             for stale in (*x.folder.glob("checkpoint-*.pt"), x.folder / "metrics.jsonl"):
                 stale.unlink(missing_ok=True)
-    saved, clock, loss_sum, summed, epoch, orders = step, time.time(), 0, 0, None, None
+    saved, clock, epoch, orders = step, time.time(), None, None
     weights = torch.stack([x.task.weights for x in learners]).to(device)                    # (K, C)
     multiple = 8 if device.type == "cuda" else 1        # tensor cores like lengths that 8 divides
     bar = tqdm(total=steps, initial=step, unit=" steps", disable=quiet or None, dynamic_ncols=True)
@@ -360,14 +361,15 @@ def train(learners, model, autocast, cfg, pad_id, device, resume=False, quiet=Fa
                 w = weights.gather(1, labels.view(K, -1))
                 loss = (loss * w).sum(1) / w.sum(1) / len(micro)                            # (K,)
                 (loss * optimizer.scale).sum().backward()
-                loss_sum = loss_sum + loss.detach()     # stays on the device: reading it would wait
+                optimizer.loss += loss.detach()         # stays on the device: reading it would wait
             optimizer.step(step + 1, schedule(step, steps, cfg["warmup"], cfg["schedule"], cfg["cycles"]))
-            step, summed = step + 1, summed + 1
+            step += 1
             bar.update()
 
             if step % every == 0 or step == steps:
-                judge_all(learners, model, optimizer, step, steps, loss_sum / summed, cfg, pad_id, autocast)
-                loss_sum, summed = 0, 0
+                train_loss = optimizer.loss / ((step - 1) % every + 1)
+                judge_all(learners, model, optimizer, step, steps, train_loss, cfg, pad_id, autocast)
+                optimizer.loss.zero_()
                 dev, best = (np.mean([x.state[key] for x in learners]) for key in ("dev", "best"))
                 bar.set_postfix_str(f"dev accuracy {dev:.1f}, best {best:.1f}")
                 if not quiet and step * 8 // steps > (step - every) * 8 // steps:     # a few lines that stay

@@ -116,7 +116,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, n_in, hidden, n_out, heads, dropout):
         super().__init__()
-        if n_in % heads:
+        if heads < 1 or n_in % heads:
             raise ValueError(f"prompt.heads: {heads} attention heads do not divide a width of {n_in}")
         self.heads, attention = heads, nn.MultiheadAttention(n_in, heads)
         self.qkv, self.merge, self.project = (Linears(n_in, n * n_in) for n in (3, 1, 1))
@@ -160,7 +160,7 @@ class SoftPrompt(nn.Module):
         super().__init__()
         if not 0 <= ratio <= 1:
             raise ValueError(f"prompt.ratio: {ratio} is not a share between 0 (SPT) and 1 (XPE)")
-        if length < (1 if ratio in (0, 1) else 2) or width < 1 or layers < 1 or not 0 <= dropout < 1:
+        if length < (1 if ratio in (0, 1) else 2) or min(width, layers, hidden + 1) < 1 or not 0 <= dropout < 1:
             raise ValueError(f"prompt: impossible sizes: length {length}, ratio {ratio}, width {width}, "
                              f"layers {layers}, dropout {dropout}")
         if encoder not in ENCODERS:
