@@ -1,10 +1,10 @@
-"""SIB-200, and anything shaped like it: folders <language>/{train,dev,test}.tsv with a `category` and a `text` column.
+"""SIB-200, and anything shaped like it: <language>/{train,dev,test}.tsv with columns `category` and `text`.
 
-The data of the paper's section "Data": topic classification, 7 classes, 205 parallel languages, 701 / 99 / 204
-sentences each. This file needs torch and numpy (and huggingface_hub to download) and knows nothing of the model.
+The paper's section "Data": topic classification, 7 classes, 205 parallel languages, 701 / 99 / 204 sentences
+each. This file needs torch and numpy (huggingface_hub to download) and knows nothing of the model.
 
     python data.py --data DIR            # counts per language and split, or what is wrong with the files
-    205 languages, 205,820 sentences: train 701, dev 99, test 204 in every language       (4 s on two cores)
+    205 languages, 205,820 sentences: train 701, dev 99, test 204 in every language    (4 s on two cores)
 """
 import argparse
 import csv
@@ -15,17 +15,15 @@ import os
 import re
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-# SIB-200's order, that of its labels.txt. Any other order, the alphabetical one say, silently permutes the head.
+# The order of SIB-200's labels.txt. Any other, the alphabetical one say, silently permutes the head.
 LABELS = ("science/technology", "travel", "politics", "sports", "health", "entertainment", "geography")
 SPLITS = ("train", "dev", "test")
-MAX_BYTES = 256 << 20
 
 
 class Sentence(NamedTuple):
@@ -44,15 +42,15 @@ def nearest(word, words):
 def read_tsv(path, labels=LABELS):
     """Read one split -> list of Sentence, texts exactly as they stand (not stripped, not normalised).
 
-    SIB-200 is written by pandas: a field with a quote character is quoted and its quotes are doubled (7,688 of
-    205,820 rows), so this is csv, strictly. A BOM and CRLF are accepted, empty lines skipped. Raises
+    SIB-200 is written by pandas: a field with a quote character is quoted and its quotes are doubled (7,688
+    of 205,820 rows), so this is csv, strictly. A BOM and CRLF are accepted, empty lines skipped. Raises
     FileNotFoundError, or ValueError with file and line for anything that is not clean.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    if path.stat().st_size > MAX_BYTES:
-        raise ValueError(f"{path}: larger than {MAX_BYTES >> 20} MB")
+    if path.stat().st_size > 256 << 20:
+        raise ValueError(f"{path}: larger than 256 MB")
     raw = path.read_bytes()
     try:
         content = raw.decode("utf-8-sig")
@@ -63,7 +61,7 @@ def read_tsv(path, labels=LABELS):
         raise ValueError(f"{path}:{content[:content.index(chr(0))].count(chr(10)) + 1}: holds a NUL byte")
     number = {name: i for i, name in enumerate(labels)}
     reader = csv.reader(io.StringIO(content, newline=""), delimiter="\t", strict=True)
-    sentences, header, ids = [], None, set()
+    sentences, header, seen = [], None, set()
     try:
         for row in reader:
             at = f"{path}:{reader.line_num}"
@@ -73,21 +71,23 @@ def read_tsv(path, labels=LABELS):
                 header = row
                 for column in ("category", "text"):
                     if header.count(column) != 1:
-                        raise ValueError(f"{at}: the header must name a column {column!r} once, it is {header[:6]}")
+                        raise ValueError(f"{at}: the header must name a column {column!r} once, "
+                                         f"it is {header[:6]}")
                 category, text = header.index("category"), header.index("text")
                 index_id = header.index("index_id") if "index_id" in header else None
                 continue
             if len(row) != len(header):
                 raise ValueError(f"{at}: {len(row)} fields, the header has {len(header)}")
             if row[category] not in number:
-                raise ValueError(f"{at}: unknown category {row[category][:60]!r}, known are {', '.join(labels)}; "
-                                 f"another label set goes into a file labels.txt beside the languages, one a line")
+                raise ValueError(f"{at}: unknown category {row[category][:60]!r}, known are "
+                                 f"{', '.join(labels)}; other labels go into a file labels.txt beside the "
+                                 f"languages, one a line")
             if not row[text].strip():
                 raise ValueError(f"{at}: empty text")
             name = str(len(sentences)) if index_id is None else row[index_id]
-            if name in ids:
+            if name in seen:
                 raise ValueError(f"{at}: index_id {name!r} stands twice")
-            ids.add(name)
+            seen.add(name)
             sentences.append(Sentence(name, number[row[category]], row[text]))
     except csv.Error as e:
         raise ValueError(f"{path}:{reader.line_num}: {e} (an unclosed or stray quote?)") from None
@@ -97,21 +97,20 @@ def read_tsv(path, labels=LABELS):
 
 
 class Corpus:
-    """A folder <language>/{train,dev,test}.tsv. `labels` come from labels.txt beside or in the language folders,
-    otherwise they are SIB-200's seven. Raises FileNotFoundError if the folder holds no language."""
+    """A folder <language>/{train,dev,test}.tsv. `labels` come from labels.txt beside or in the language
+    folders, otherwise they are SIB-200's seven. Raises FileNotFoundError if the folder holds no language."""
 
     def __init__(self, root):
         self.root = Path(root)
         if not self.root.is_dir():
             raise FileNotFoundError(f"{root}: no such folder")
-        self._languages = sorted(d.name for d in self.root.iterdir() if d.is_dir() and any(
-            (d / f"{s}.tsv").is_file() for s in (*SPLITS, "validation")))
+        self._languages = sorted({p.parent.name for s in (*SPLITS, "validation")
+                                  for p in self.root.glob(f"*/{s}.tsv") if p.is_file()})
         if not self._languages:
             raise FileNotFoundError(f"{root}: no folder <language>/{{train,dev,test}}.tsv here")
         self.labels, source = LABELS, None
-        for file in [self.root / "labels.txt", *(self.root / d / "labels.txt" for d in self._languages)]:
-            if not file.is_file():
-                continue
+        beside = [self.root / "labels.txt", *(self.root / d / "labels.txt" for d in self._languages)]
+        for file in filter(Path.is_file, beside):
             try:
                 if file.stat().st_size > 1 << 20:
                     raise ValueError("larger than 1 MB")
@@ -135,15 +134,15 @@ class Corpus:
                 raise ValueError(f"no language {name!r} in {self.root}{nearest(name, self._languages)}")
 
     def read(self, language, split):
-        """-> list of Sentence. `dev` and `validation` are the same split. Raises ValueError for an unknown language
-        or an empty split, FileNotFoundError for a missing one."""
+        """-> list of Sentence. `dev` and `validation` are the same split. Raises ValueError for an unknown
+        language or an empty split, FileNotFoundError for a missing one."""
         self.check([language])
         folder = self.root / language
         names = ("dev", "validation") if split in ("dev", "validation") else (split,)
-        path = next((folder / f"{n}.tsv" for n in names if (folder / f"{n}.tsv").is_file()), folder / f"{split}.tsv")
+        has = sorted(p.name for p in folder.glob("*.tsv"))
+        path = folder / next((f"{n}.tsv" for n in names if f"{n}.tsv" in has), f"{split}.tsv")
         if not path.is_file():
-            has = ", ".join(sorted(p.name for p in folder.glob("*.tsv")))
-            raise FileNotFoundError(f"{path}: no such split; {language} has {has}")
+            raise FileNotFoundError(f"{path}: no such split; {language} has {', '.join(has)}")
         sentences = read_tsv(path, self.labels)
         if not sentences:
             raise ValueError(f"{path}: no sentence in this split")
@@ -159,17 +158,17 @@ def fingerprint(sentences):
 
 
 def download(name, revision, kind, patterns):
-    """Fetch what matches `patterns` of a hub repository in one snapshot -> its folder, named after the commit.
+    """Fetch what matches `patterns` of a hub repository in one snapshot -> folder, named after the commit.
 
-    One snapshot, because hundreds of single requests end in "429 too many requests". Passing trouble is tried
-    again; then FileNotFoundError says in one line what was wanted and why it could not be had.
+    One snapshot, because hundreds of single requests end in "429 too many requests". Passing trouble is
+    tried again; then FileNotFoundError says in one line what was wanted and why it could not be had.
     """
     import huggingface_hub
     for wait in (1, 4, 16, None):
         try:
-            return Path(huggingface_hub.snapshot_download(name, repo_type=kind, revision=revision, max_workers=4,
-                                                          allow_patterns=patterns))
-        except Exception as e:      # the hub's client raises its own, httpx's, requests' and the system's errors
+            return Path(huggingface_hub.snapshot_download(
+                name, repo_type=kind, revision=revision, max_workers=4, allow_patterns=patterns))
+        except Exception as e:      # the client raises its own, httpx's, requests' and the system's errors
             status = getattr(getattr(e, "response", None), "status_code", None)
             passing = status in (408, 429, 500, 502, 503, 504) or "Timeout" in type(e).__name__
             if wait is None or not passing:
@@ -189,7 +188,7 @@ def locate(name, revision="main"):
     if folder.is_dir():
         revision = "local"
     elif not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or ".." in str(name):
-        raise FileNotFoundError(f"data.name: {str(name)!r} is neither a folder nor a dataset's name on the hub")
+        raise FileNotFoundError(f"data.name: {str(name)!r} is neither a folder nor a dataset on the hub")
     else:
         try:
             folder = download(name, revision, "dataset", ["data/*/*.tsv", "data/*/labels.txt"])
@@ -199,10 +198,10 @@ def locate(name, revision="main"):
     return (folder / "data" if (folder / "data").is_dir() else folder), revision
 
 
-# ---- from texts to batches ------------------------------------------------------------------------------------------
+# ---- from texts to batches ---------------------------------------------------------------------------------
 
 def encode(texts, tokenizer, max_length):
-    """Tokenize all texts at once -> list of lists of token ids, special tokens included, cut at max_length."""
+    """Tokenize all texts at once -> lists of token ids, special tokens included, cut at max_length."""
     if not texts:
         return []
     ids = tokenizer(list(texts), truncation=True, max_length=max_length, padding=False,
@@ -214,8 +213,8 @@ def encode(texts, tokenizer, max_length):
 
 
 def collate(rows, pad_id, multiple=1):
-    """Lists of token ids -> input_ids, attention_mask, both (B, T) int64, padded on the *right*: left padding would
-    shift the positions that XLM-R gives to `inputs_embeds`. T is rounded up to a multiple."""
+    """Lists of token ids -> input_ids, attention_mask, both (B, T) int64, padded on the *right*: left padding
+    would shift the positions that XLM-R gives to `inputs_embeds`. T is rounded up to a multiple."""
     T = -(-max(map(len, rows)) // multiple) * multiple
     ids = np.full((len(rows), T), pad_id, dtype=np.int64)
     lengths = np.fromiter(map(len, rows), np.int64, len(rows))
@@ -227,9 +226,10 @@ def collate(rows, pad_id, multiple=1):
 def length_batches(lengths, batch_size, seed, epoch):
     """One epoch's batches for training -> list of index arrays, a pure function of its arguments.
 
-    Sentences are grouped by length (a little noise on the length mixes the groups anew each epoch), then the batches
-    are shuffled. `seed` decides which sentences meet; the order of the groups depends on the epoch alone, so that
-    learners with different seeds have batches of like length at each step and can be joined without more padding.
+    Sentences are grouped by length (a little noise on the length mixes the groups anew each epoch), then the
+    batches are shuffled. `seed` decides which sentences meet; the order of the groups depends on the epoch
+    alone, so that learners of different seeds have batches of like length at each step, and joining them adds
+    little padding.
     """
     noise = np.random.default_rng([seed, epoch]).random(len(lengths))
     order = np.argsort(np.asarray(lengths) * (1 + 0.04 * noise) + noise, kind="stable")
@@ -238,9 +238,9 @@ def length_batches(lengths, batch_size, seed, epoch):
 
 
 def token_batches(lengths, budget, extra=0):
-    """Batches for evaluation -> list of index arrays: sorted by length, longest first (so that too little memory shows
-    at once), as many rows as fit `budget` positions with `extra` prompt rows each. Whoever uses them puts the results
-    back into the old order."""
+    """Batches for evaluation -> list of index arrays: sorted by length, longest first (too little memory
+    shows at once), as many rows as fit `budget` positions with `extra` prompt rows each. Whoever uses them puts
+    the results back into the old order."""
     order, batches, start = np.argsort(-np.asarray(lengths), kind="stable"), [], 0
     while start < len(order):
         rows = max(1, budget // (lengths[order[start]] + extra))
@@ -252,41 +252,39 @@ def token_batches(lengths, budget, extra=0):
 def main(argv=None):
     """Print counts per language and split, and check what a run relies on."""
     parser = argparse.ArgumentParser(description="Counts of a corpus, or what is wrong with its files.")
-    parser.add_argument("--data", required=True, help="folder <language>/{train,dev,test}.tsv, or a dataset on the hub")
+    parser.add_argument("--data", required=True, help="folder <language>/{train,dev,test}.tsv, or on the hub")
     parser.add_argument("--revision", default="main", help="of the dataset on the hub (default: main)")
     args = parser.parse_args(argv)
-    root, _ = locate(args.data, args.revision)
-    corpus = Corpus(root)
-    counts, labels, overlap, total, wrong = {}, {}, {}, 0, []
+    corpus = Corpus(locate(args.data, args.revision)[0])
+    counts, labels, shared, wrong = {}, {}, {}, []
     for language in corpus.languages():
-        seen = {}
+        read = dict.fromkeys(SPLITS, ())
         for split in SPLITS:
             try:
-                seen[split] = corpus.read(language, split)
+                read[split] = corpus.read(language, split)
             except (ValueError, FileNotFoundError) as e:
-                wrong.append(str(e))
-                seen[split] = []
-        counts[language] = tuple(len(seen[s]) for s in SPLITS)
-        labels[language] = tuple(tuple(sorted(Counter(s.label for s in seen[p]).items())) for p in SPLITS)
-        total += sum(counts[language])
-        shared = {s.text for s in seen["train"]} & {s.text for s in seen["test"]}
-        if shared:
-            overlap[language] = len(shared)
+                wrong.append(f"error: {e}")
+        counts[language] = [len(read[s]) for s in SPLITS]
+        labels[language] = [np.bincount([x.label for x in read[s]], minlength=len(corpus.labels)).tolist()
+                            for s in SPLITS]
+        shared[language] = len({x.text for x in read["train"]} & {x.text for x in read["test"]})
     print(f"{'language':<14}" + "".join(f"{s:>8}" for s in SPLITS))
     for language, row in counts.items():
         print(f"{language:<14}" + "".join(f"{n:>8,}" for n in row))
     first = corpus.languages()[0]
-    print(f"\n{len(counts)} languages, {total:,} sentences" + (
-        ": " + ", ".join(f"{s} {n}" for s, n in zip(SPLITS, counts[first])) + " in every language"
-        if len(set(counts.values())) == 1 else "; the languages differ in size"))
-    print(f"labels of {first}, {' / '.join(SPLITS)}" + (
-        " (the same in every language):" if len(set(labels.values())) == 1 else "; the languages differ:"))
-    for i, name in enumerate(corpus.labels):
-        print(f"  {name:<22}" + " / ".join(str(dict(split).get(i, 0)) for split in labels[first]))
-    if overlap:
-        print("test sentences that are also in train: " + ", ".join(f"{k} {n}" for k, n in overlap.items()))
+    sizes = ", ".join(f"{s} {n}" for s, n in zip(SPLITS, counts[first]))
+    same = all(row == counts[first] for row in counts.values())
+    print(f"\n{len(counts)} languages, {sum(map(sum, counts.values())):,} sentences"
+          + (f": {sizes} in every language" if same else "; the languages differ in size"))
+    same = all(table == labels[first] for table in labels.values())
+    print(f"labels of {first}, {' / '.join(SPLITS)} "
+          + ("(the same in every language):" if same else "(the languages differ):"))
+    for name, row in zip(corpus.labels, zip(*labels[first])):
+        print(f"  {name:<22}" + " / ".join(map(str, row)))
+    if any(shared.values()):
+        print("test sentences also in train: " + ", ".join(f"{k} {n}" for k, n in shared.items() if n))
     for line in wrong:
-        print(f"error: {line}", file=sys.stderr)
+        print(line, file=sys.stderr)
     return 2 if wrong else 0
 
 

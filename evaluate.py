@@ -81,6 +81,8 @@ def _merge(base, new, schema, where, path=""):
 
 def _typed(value, default, name, where):
     """`value` if it has the type of `default` (an integer may stand for a float) and is in range."""
+    if value is False and type(default) is str:     # YAML takes a bare `off` for false
+        value = "off"
     if type(default) is float and type(value) is int and abs(value) < 1 << 53:
         value = float(value)
     if type(value) is not type(default):
@@ -162,7 +164,8 @@ def load_backbone(name, revision="main", attention="sdpa", trust_remote_code=Fal
             **{"dtype" if new else "torch_dtype": torch.float32})
     except Exception as e:      # transformers, the hub's client, safetensors and tokenizers raise their own
         line = (str(e).strip() or "no answer").splitlines()[0][:160]
-        how = "check the folder" if folder else \
+        how = "it needs --set backbone.attention=eager" if "attention implementation" in str(e) else \
+            "check the folder" if folder else \
             "offline? --backbone FOLDER takes a local one; private or gated? `hf auth login` first"
         raise OSError(f"cannot load backbone {name!r}: {type(e).__name__}: {line} ({how})") from None
     missing = [k for k in info["missing_keys"] if "pooler" not in k]

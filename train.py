@@ -587,6 +587,7 @@ def main(argv=None):
         if fresh:
             backbone.float().load_state_dict(fresh)
         model = make_model(job, todo, backbone)
+        model.check_length(max(len(ids) for x in todo for split in x.task.ids.values() for ids in split))
         autocast = place(model, device, cfg["amp"], cfg["frozen_weights"])
         count = sum(p.numel() for g in parameter_groups(model, cfg) for p in g["params"]) // len(todo)
         for learner in todo:

@@ -104,8 +104,9 @@ class BiLSTM(nn.Module):
         for layer in range(self.depth):
             names = [f"{w}_l{layer}{d}" for d in ("", "_reverse")
                      for w in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
-            x = torch.stack([torch.lstm(x[k], (zero, zero), [getattr(self, n)[k] for n in names],
-                                        True, 1, 0.0, False, True, True)[0] for k in range(len(x))])
+            with torch.autocast(x.device.type, enabled=False):      # there is no half LSTM on every device
+                x = torch.stack([torch.lstm(x[k], (zero, zero), [getattr(self, n)[k] for n in names],
+                                            True, 1, 0.0, False, True, True)[0] for k in range(len(x))])
             x = self.dropout(x) if layer + 1 < self.depth else x  # (K, rows, P, 2D)
         return self.mlp(x, rows)
 
@@ -160,14 +161,16 @@ class SoftPrompt(nn.Module):
         super().__init__()
         if not 0 <= ratio <= 1:
             raise ValueError(f"prompt.ratio: {ratio} is not a share between 0 (SPT) and 1 (XPE)")
-        if length < (1 if ratio in (0, 1) else 2) or min(width, layers, hidden + 1) < 1 or not 0 <= dropout < 1:
+        least = 1 if ratio in (0, 1) else 2
+        if length < least or min(width, layers, hidden + 1) < 1 or not 0 <= dropout < 1:
             raise ValueError(f"prompt: impossible sizes: length {length}, ratio {ratio}, width {width}, "
-                             f"layers {layers}, dropout {dropout}")
+                             f"hidden {hidden}, layers {layers}, dropout {dropout}")
         if encoder not in ENCODERS:
             raise ValueError(f"prompt.encoder: {encoder!r} is none of {', '.join(ENCODERS)}")
         hidden = hidden or max(1, width // 4)
         self.config = dict(width=width, length=length, ratio=ratio, encoder=encoder, hidden=hidden,
                            layers=layers, dropout=dropout, heads=heads)
+        self.length = length    # P, the number of prompt rows
         encoded = int(length * ratio) if ratio in (0, 1) else max(1, min(length - 1, int(length * ratio)))
         self.standard = nn.Parameter(torch.randn(1, length - encoded, width)) if encoded < length else None
         self.encoded = nn.Parameter(torch.randn(1, encoded, width)) if encoded else None
@@ -175,22 +178,14 @@ class SoftPrompt(nn.Module):
             kind = dict(mlp=MLP, lstm=BiLSTM, attention=SelfAttention, none=NoEncoder)[encoder]
             self.encoder = kind(width, hidden, width, heads if encoder == "attention" else layers, dropout)
 
-    @property
-    def length(self):
-        """P, the number of prompt rows."""
-        return self.config["length"]
-
     def forward(self, rows=1):
         """-> (K, rows, P, H): each of K prompts, for `rows` rows of a batch. While training every row has its
         own dropout mask; in evaluation all are equal and the encoder runs once."""
-        parts = []
-        if self.standard is not None:
-            parts.append(self.standard[:, None].expand(-1, rows, -1, -1))
+        parts = [] if self.standard is None else [self.standard[:, None]]
         if self.encoded is not None:
-            n = rows if self.training and any(m.p for m in self.modules() if isinstance(m, Dropout)) else 1
-            parts.append(self.encoder(self.encoded, n).expand(-1, rows, -1, -1))
-        return torch.cat(parts, 2) if len(parts) > 1 else parts[0]
-
+            random = self.training and any(m.p for m in self.modules() if isinstance(m, Dropout))
+            parts.append(self.encoder(self.encoded, rows if random else 1))
+        return torch.cat([part.expand(-1, rows, -1, -1) for part in parts], 2)
 
     @torch.no_grad()
     def collapse(self):
@@ -240,13 +235,10 @@ class PromptedClassifier(nn.Module):
         self.positions = positions(backbone)
 
     def forward(self, input_ids, attention_mask, owner=None):
-        """-> logits (B, C). input_ids, attention_mask (B, T), padded on the right; owner (B,): which prompt each
-        row uses, by default K equal blocks of rows, one block for each prompt in turn."""
+        """-> logits (B, C). input_ids, attention_mask (B, T), padded on the right; owner (B,): which prompt
+        each row uses, by default K equal blocks of rows, one block for each prompt in turn."""
         (B, T), K = input_ids.shape, len(self.head.out.weight)
-        P = 0 if self.prompt is None else self.prompt.length
-        if P + T > self.positions:
-            raise ValueError(f"{P} prompt rows + {T} text tokens = {P + T} exceed the {self.positions} "
-                             f"positions of the backbone: data.max_length can be {self.positions - P} at most")
+        P = self.check_length(T)
         if owner is None and B % K:
             raise ValueError(f"{B} rows are no {K} equal blocks: say with `owner` which prompt each row uses")
         rows, slot = B // K, slice(None)    # row i of the batch is row i of the K x rows blocks
@@ -277,6 +269,15 @@ class PromptedClassifier(nn.Module):
         if owner is not None:
             h = h.new_zeros(K * rows, h.shape[1]).index_copy(0, slot, h)
         return self.head(h.unflatten(0, (K, rows))).flatten(0, 1)[slot]  # (B, C)
+
+    def check_length(self, T):
+        """-> P. ValueError if texts of T tokens do not fit behind the prompt: on a GPU the backbone itself
+        would only say "device-side assert"."""
+        P, limit = 0 if self.prompt is None else self.prompt.length, self.positions
+        if P + T > limit:
+            raise ValueError(f"{P} prompt rows + {T} text tokens = {P + T} exceed the {limit} positions of "
+                             f"the backbone: data.max_length can be {limit - P} at most")
+        return P
 
     def set_generators(self, generators):
         """Let slice k of each dropout in prompts and heads draw from generators[k] (None: the global one)."""
@@ -383,9 +384,9 @@ def read_tensors(path):
         raise ValueError(f"{path}: no whole safetensors file: {str(e).splitlines()[0]}") from None
 
 
-PROMPT_KEYS = dict(width=int, length=int, ratio=float, encoder=str, hidden=int, layers=int, dropout=float,
-                   heads=int)
-HEAD_KEYS = dict(width=int, classes=int, dropout=float)
+SIZES = {"prompt": dict(width=int, length=int, ratio=float, encoder=str, hidden=int, layers=int,
+                        dropout=float, heads=int),
+         "head": dict(width=int, classes=int, dropout=float)}
 
 
 def restore(path, meta, tensors):
@@ -393,7 +394,7 @@ def restore(path, meta, tensors):
     head.*; ValueError with the path if anything is missing, impossible or does not fit exactly."""
     try:
         sizes = {}
-        for section, schema in (("prompt", PROMPT_KEYS), ("head", HEAD_KEYS)):
+        for section, schema in SIZES.items():
             value = sizes[section] = meta.get(section)
             if section == "prompt" and value is None:
                 continue
@@ -493,9 +494,9 @@ def load_authors(folder):
             "prompt": dict(width=theirs.get("token_dim") or width, length=theirs.get("num_virtual_tokens"),
                            ratio=ratio, encoder=AUTHORS_ENCODERS.get(bare, str(bare)),
                            hidden=theirs.get("encoder_hidden_size"),
+                           heads=theirs.get("encoder_num_heads") or 8,
                            layers=theirs.get("encoder_num_layers") or 2,
-                           dropout=theirs.get("encoder_dropout") or 0.0,
-                           heads=theirs.get("encoder_num_heads") or 8),
+                           dropout=theirs.get("encoder_dropout") or 0.0),
             "head": dict(width=width, classes=classes, dropout=0.1), "max_length": 164,
             "backbone": {"name": str(theirs.get("base_model_name_or_path")), "revision": "main"},
             "labels": [str(i) for i in range(classes)], "training": {}}   # their files name no labels
@@ -512,10 +513,8 @@ def export_peft(folder, prompt, head, meta):
     if prompt is None or meta["reads"] != "prompt":
         raise ValueError(f"peft has no form for a {meta['kind']!r} run whose head reads {meta['reads']!r}")
     matrix = prompt.collapse().standard[0]  # (P, H)
-    tensors = {"prompt_embeddings": matrix, "base_model.classifier.dense.weight": head.dense.weight[0],
-               "base_model.classifier.dense.bias": head.dense.bias[0],
-               "base_model.classifier.out_proj.weight": head.out.weight[0],
-               "base_model.classifier.out_proj.bias": head.out.bias[0]}
+    tensors = {"base_model.classifier." + name.replace("out.", "out_proj."): p[0]
+               for name, p in head.named_parameters()} | {"prompt_embeddings": matrix}
     config = {"peft_type": "PROMPT_TUNING", "task_type": "SEQ_CLS", "prompt_tuning_init": "RANDOM",
               "num_virtual_tokens": prompt.length, "token_dim": matrix.shape[1],
               "num_transformer_submodules": 1, "base_model_name_or_path": meta["backbone"]["name"],
