@@ -210,7 +210,7 @@ def compare(a, b, gold, config, say):
 
 
 def plot(path, title, rows, config, facts):
-    """A picture of the gain per language, ordered, and beside it by language family and script."""
+    """A picture of A's gain per language, ordered, and of A's and B's accuracy by family and by script."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
     kinds = {"seen": "#2f6db3", "unseen": "#e9b000", "low_performing": "#c8500a"}   # of two, the later one
@@ -222,22 +222,26 @@ def plot(path, title, rows, config, facts):
     columns = -(-len(rows) // 70)
     size = -(-len(rows) // columns)
     figure = Figure((4.6 * (columns + 2), 3 + 0.165 * size), layout="constrained")
-    *bars, by_family, by_script = figure.subplots(1, columns + 2, sharex=True)
+    *bars, by_family, by_script = figure.subplots(1, columns + 2)
+    reach = 1.05 * max(map(abs, gains))
     for ax, i in zip(bars, range(0, len(rows), size)):
         ax.barh(names[i:i + size], gains[i:i + size], 0.75, color=colours[i:i + size])
+        ax.set(xlim=(-reach, reach), xlabel="gain in accuracy (points)", ylim=(-0.6, size - 0.4))
+        ax.axvline(0, color="black", linewidth=0.7)
     for ax, parts in ((by_family, [x["family"] for x in about]),
                       (by_script, [r["language"].rpartition("_")[2] for r in rows])):
         for part, n in Counter(parts).most_common():
             at = [i for i, x in enumerate(parts) if x == part]
-            label, x = [f"{part} ({n})"] * n, [gains[i] for i in at]
-            ax.scatter(x, label, 14, [colours[i] for i in at], alpha=0.6)
-            ax.scatter(np.mean(x), label[0], 90, "black", "|")
+            label, a, b = f"{part} ({n})", *([rows[i][side] for i in at] for side in "AB")
+            ax.scatter(a, [label] * n, 14, [colours[i] for i in at], alpha=0.6)
+            ax.scatter(np.mean(b), label, 90, "grey", "|")
+            ax.scatter(np.mean(a), label, 90, "black", "|")
+        ax.set_xlabel("accuracy of A (%)")
     for ax in figure.axes:
         ax.invert_yaxis()
         ax.tick_params("y", labelsize=7)
-        ax.axvline(0, color="black", linewidth=0.7)
         ax.grid(axis="x", alpha=0.3)
-    figure.suptitle(f"{title}: accuracy gain in points (*: significant by Holm; s: a source; |: mean)")
+    figure.suptitle(f"{title} (*: significant by Holm; s: a source; | black, grey: mean of A, of B)")
     figure.legend(handles=[Patch(color=x, label=group) for group, x in kinds.items()],
                   loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, dpi=120)
