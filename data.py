@@ -157,6 +157,21 @@ def fingerprint(sentences):
     return digest.hexdigest()[:16]
 
 
+class Damaged(OSError):
+    """A file from the hub is not what its hash says."""
+
+
+def verify(folder):
+    """Compare the files of a snapshot with their hashes, which name them in the cache; the hub's client
+    compares sizes only. Damaged if one differs; it is removed, so that the next attempt fetches it anew."""
+    for file in (f.resolve() for f in folder.rglob("*") if f.is_symlink()):
+        content = file.read_bytes()
+        sha1 = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()         # git's
+        if len(file.name) in (40, 64) and file.name not in (sha1, hashlib.sha256(content).hexdigest()):
+            file.unlink()
+            raise Damaged(f"a file of {folder.name} came with another content than announced; it is removed")
+
+
 def download(name, revision, kind, patterns):
     """Fetch what matches `patterns` of a hub repository in one snapshot -> folder, named after the commit.
 
@@ -166,11 +181,16 @@ def download(name, revision, kind, patterns):
     import huggingface_hub
     for wait in (1, 4, 16, None):
         try:
-            return Path(huggingface_hub.snapshot_download(
+            folder = Path(huggingface_hub.snapshot_download(
                 name, repo_type=kind, revision=revision, max_workers=4, allow_patterns=patterns))
+            verify(folder)
+            return folder
         except Exception as e:      # the client raises its own, httpx's, requests' and the system's errors
-            status = getattr(getattr(e, "response", None), "status_code", None)
+            # the client wraps what the server said into a LocalEntryNotFoundError
+            status = next((x.response.status_code for x in (e, e.__cause__)
+                           if getattr(x, "response", None) is not None), None)
             passing = status in (408, 429, 500, 502, 503, 504) or "Timeout" in type(e).__name__
+            passing = passing or isinstance(e, Damaged)
             if wait is None or not passing:
                 line = (str(e).strip() or "no answer").splitlines()[0][:160]
                 login = "; `hf auth login` first" if status in (401, 403) else ""
@@ -294,11 +314,15 @@ def run_main(main):
         code = main()
         sys.stdout.flush()
         sys.exit(code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     except BrokenPipeError:                     # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (ValueError, OSError) as e:
-        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
+        line = " ".join(str(e).split())
+        print(f"error: {line if len(line) < 1000 else line[:1000] + ' ...'}", file=sys.stderr)
         sys.exit(2)
 
 

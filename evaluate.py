@@ -43,43 +43,48 @@ CHOICES = {"optimizer": ("adafactor", "adamw"), "schedule": ("cosine", "linear")
 def read_yaml(path):
     """A mapping from a YAML file, read safely; ValueError with the path for anything else."""
     try:
-        if os.path.getsize(path) > 1 << 20:
-            raise ValueError("larger than 1 MB")
+        if os.path.getsize(path) > 1 << 18:
+            raise ValueError("larger than 256 kB")
         text = Path(path).read_text("utf-8")
-        if any(isinstance(e, yaml.AliasEvent) for e in yaml.parse(text, yaml.SafeLoader)):
-            raise ValueError("aliases (*name) are not read")
+        depth = 0
+        for event in yaml.parse(text, yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if depth > 20 or isinstance(event, yaml.AliasEvent):    # PyYAML takes minutes for 100 kB of [
+                raise ValueError("aliases (*name) are not read, nor more than 20 nested levels")
         value = yaml.safe_load(text)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such configuration file") from None
-    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as e:
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError, LookupError, AttributeError,
+            OverflowError) as e:        # Python's for a malformed !!int, !!timestamp and the like
         raise ValueError(f"{path}: not readable as YAML: {e}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: holds no mapping of settings")
     return value
 
 
-def _merge(base, new, schema, where, path=""):
+def _merge(base, new, schema, path=""):
     """Lay `new` over `base`; keys and types are those of `schema`."""
     for key, value in new.items():
         name = f"{path}{key}"
         if path in ("groups.", "targets."):         # the user's own keys
             entries = value if isinstance(value, list) else [value]
             if not isinstance(key, str) or not all(isinstance(e, str) for e in entries):
-                raise ValueError(f"{where}: {name} must be a list of language codes and group names")
+                raise ValueError(f"{name} must be a list of language codes and group names")
             base[key] = value
         elif key not in schema:
-            raise ValueError(f"{where}: unknown setting {name!r}{nearest(str(key), map(str, schema))}")
+            raise ValueError(f"unknown setting {name!r}{nearest(str(key), map(str, schema))}")
         elif isinstance(schema[key], dict):
             if not isinstance(value, dict):
-                raise ValueError(f"{where}: {name} is a section, not the value {value!r}")
+                raise ValueError(f"{name} is a section, not the value {value!r}")
             if key == "targets":                    # a file that names targets names all of them
                 base[key].clear()
-            _merge(base[key], value, schema[key], where, f"{name}.")
+            _merge(base[key], value, schema[key], f"{name}.")
         else:
-            base[key] = _typed(value, schema[key], name, where)
+            base[key] = _typed(value, schema[key], name)
 
 
-def _typed(value, default, name, where):
+def _typed(value, default, name):
     """`value` if it has the type of `default` (an integer may stand for a float) and is in range."""
     if value is False and type(default) is str:     # YAML takes a bare `off` for false
         value = "off"
@@ -89,12 +94,12 @@ def _typed(value, default, name, where):
         match = re.fullmatch(r"([+-]?\d{1,9}(?:\.\d{0,9})?)[eE]([+-]?\d{1,2})", value) \
             if isinstance(value, str) else None
         hint = f"; YAML takes it for text, write {float(match[1])}e{int(match[2]):+d}" if match else ""
-        raise ValueError(f"{where}: {name} must be {type(default).__name__}, not {value!r}{hint}")
+        raise ValueError(f"{name} must be {type(default).__name__}, not {value!r}{hint}")
     allowed = CHOICES.get(name.partition(".")[2])
     if allowed and value not in allowed:
-        raise ValueError(f"{where}: {name} cannot be {value!r}, only {', '.join(allowed)}")
+        raise ValueError(f"{name} cannot be {value!r}, only {', '.join(allowed)}")
     if isinstance(value, (int, float)) and not 0 <= value < 1e12:
-        raise ValueError(f"{where}: {name} cannot be {value}")
+        raise ValueError(f"{name} cannot be {value}")
     return value
 
 
@@ -111,7 +116,7 @@ def load_config(path=None, settings=()):
         name, equals, text = setting.partition("=")
         try:
             value = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError, RecursionError):
+        except Exception:       # PyYAML's own, and Python's for a malformed !!int and the like
             equals = ""
         if not equals:
             raise ValueError(f"--set {setting}: write section.key=value")
@@ -119,19 +124,23 @@ def load_config(path=None, settings=()):
             value = {part: value}
         layers.append((f"--set {setting}", value))
     for where, layer in layers:
-        _merge(config, layer, {**config, "adapt": own, "full": own}, where)
+        try:
+            _merge(config, layer, {**config, "adapt": own, "full": own})
+        except ValueError as e:
+            raise ValueError(f"{where}: {e}") from None
     return config
 
 
-def resolve_group(config, group, _inside=()):
+def resolve_group(config, group, _inside=(), _known=None):
     """A group's name, or a list of codes, groups and -exclusions -> language codes in order, each once."""
-    out = []
+    out, known = [], {} if _known is None else _known       # each once, else they could double
     for name in [group] if isinstance(group, str) else group:
         bare = name.removeprefix("-")
-        if bare in _inside:
-            raise ValueError(f"groups.{bare} contains itself")
-        inside = bare in config["groups"]
-        codes = resolve_group(config, config["groups"][bare], (*_inside, bare)) if inside else [bare]
+        if bare in _inside or len(_inside) > 20:
+            raise ValueError(f"groups.{bare} contains itself, or is nested too deeply")
+        if bare in config["groups"] and bare not in known:
+            known[bare] = resolve_group(config, config["groups"][bare], (*_inside, bare), known)
+        codes = known.get(bare, [bare])
         if name.startswith("-"):
             out = [c for c in out if c not in codes]
         else:
@@ -164,7 +173,9 @@ def load_backbone(name, revision="main", attention="sdpa", trust_remote_code=Fal
             **{"dtype" if new else "torch_dtype": torch.float32})
     except Exception as e:      # transformers, the hub's client, safetensors and tokenizers raise their own
         line = (str(e).strip() or "no answer").splitlines()[0][:160]
-        how = "it needs --set backbone.attention=eager" if "attention implementation" in str(e) else \
+        how = "its own code would run: read it, then say backbone.trust_remote_code=true" \
+            if "trust_remote_code" in str(e) else \
+            "it needs --set backbone.attention=eager" if "attention implementation" in str(e) else \
             "check the folder" if folder else \
             "offline? --backbone FOLDER takes a local one; private or gated? `hf auth login` first"
         raise OSError(f"cannot load backbone {name!r}: {type(e).__name__}: {line} ({how})") from None
@@ -176,7 +187,11 @@ def load_backbone(name, revision="main", attention="sdpa", trust_remote_code=Fal
     digest = hashlib.sha256()
     for key, p in backbone.named_parameters():
         digest.update(f"{key} {tuple(p.shape)}".encode() + p.detach().flatten()[:64].numpy().tobytes())
-    commit = "local" if folder else getattr(backbone.config, "_commit_hash", None) or revision
+    commit = "local"
+    if not folder:          # transformers 5 keeps it no more; the cache has it in the name of the snapshot
+        import huggingface_hub
+        config = huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision)
+        commit = Path(config).parent.name if isinstance(config, str) else revision
     return backbone, tokenizer, {"name": name, "revision": commit, "fingerprint": digest.hexdigest()[:16]}
 
 
@@ -267,7 +282,7 @@ def group_means(scores, config, sources):
 class Run:
     """A trained prompt with everything needed to use it. Raises as xpe.load_prompt and load_config do."""
 
-    def __init__(self, where, backbone=None, data=None):
+    def __init__(self, where, backbone=None, data=None, trust=False):
         folder, self.name = Path(where), Path(where).resolve().name
         if not folder.is_dir():
             name, _, revision = str(where).partition("@")
@@ -287,6 +302,7 @@ class Run:
         self.sources = self.meta.get("sources")
         if not isinstance(self.sources, list) or not all(isinstance(s, str) for s in self.sources):
             raise ValueError(f"{folder / 'prompt.json'}: 'sources' must be a list of language codes")
+        self.config["backbone"]["trust_remote_code"] = trust    # ours to say, never the run's own file's
         self.config["backbone"]["name"] = backbone or self.meta["backbone"]["name"]
         self.config["backbone"]["revision"] = self.meta["backbone"]["revision"].replace("local", "main")
         self.config["data"]["name"] = data or self.config["data"]["name"]
@@ -481,6 +497,7 @@ def main(argv=None):
     parser.add_argument("--groups", help="groups of the configuration, separated by commas")
     parser.add_argument("--data", help="folder or dataset, instead of the run's own")
     parser.add_argument("--backbone", help="folder or hub name, instead of the run's own")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run a backbone's own code")
     parser.add_argument("--out", help="folder for the results (default: each run's own folder)")
     parser.add_argument("--text", nargs="*", help="classify these, or the lines of standard input")
     parser.add_argument("--export", nargs=2, metavar=("peft", "DIR"), help="write a folder that peft loads")
@@ -494,7 +511,7 @@ def main(argv=None):
         import report
         return report.main(args)
     device = pick_device(args.device)
-    runs = [Run(r, args.backbone, args.data) for r in args.runs]
+    runs = [Run(r, args.backbone, args.data, args.trust_remote_code) for r in args.runs]
     if len({r.name for r in runs}) < len(runs):
         raise ValueError("two of the runs have the same folder name")
     if args.export:

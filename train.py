@@ -16,6 +16,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import signal
 import sys
 import time
@@ -161,11 +162,20 @@ class Learner:
 
     @property
     def finished(self):
-        """Whether an earlier process has brought this run to its end."""
+        """What prompt.json says of the training, if this run has ended with something to keep, or {}."""
         try:
-            return xpe.read_json(self.folder / "prompt.json")["training"]["finished"] is True
+            training = xpe.read_json(self.folder / "prompt.json")["training"]
+            return training if training["finished"] is True else {}
         except (OSError, ValueError, KeyError, TypeError):
-            return False
+            return {}
+
+    def check(self, settings, path):
+        """Raise ValueError if `settings`, found at `path`, are not those of this run."""
+        mine = self.meta["training"]["settings"]
+        for key in mine:
+            if settings.get(key) != mine[key]:
+                raise ValueError(f"{path}: {key} was {settings.get(key)!r}, not {mine[key]!r}: --resume goes "
+                                 f"on with the same settings only")
 
     def judge(self, step, steps, accuracy, loss, train_loss, cfg):
         """Take in a dev evaluation, append it to metrics.jsonl, return whether it is the best so far."""
@@ -181,8 +191,12 @@ class Learner:
                 s["stopped"] = f"no better dev loss in {s['waited']} evaluations"
         line = json.dumps(dict(step=step, loss=round(train_loss, 6), dev_accuracy=round(accuracy, 4),
                                dev_loss=round(loss, 6), best=round(s["best"], 4))).encode() + b"\n"
-        with open(self.folder / "metrics.jsonl", "ab") as f:
-            f.write(line)
+        path = self.folder / "metrics.jsonl"
+        try:
+            with open(path, "ab") as f:
+                f.write(line)
+        except OSError as e:        # a full disk says no name by itself
+            raise OSError(e.errno, e.strerror, str(path)) from None
         s["metrics"] += len(line)
         return better
 
@@ -193,7 +207,15 @@ class Learner:
             kept = f"kept step {s['best_step']}" if self.tensors else "nothing good to keep; lower train.rate"
             warn(f"{self.folder}: {s['stopped']}; {kept}")
         if self.tensors is None:
-            return
+            xpe.write_atomic(self.folder / "diverged.txt", f"{s['stopped']}\n".encode())
+        else:
+            self.write()
+        for old in self.folder.glob("checkpoint-*.pt"):
+            old.unlink()
+
+    def write(self):
+        """Write the best state as a prompt folder."""
+        s = self.state
         if "backbone" in self.tensors:
             from safetensors.torch import save
             xpe.write_atomic(self.folder / "backbone.safetensors", save(self.tensors["backbone"]))
@@ -201,8 +223,6 @@ class Learner:
                     "stopped": s["stopped"], "finished": True, "seconds": round(s["seconds"], 1)}
         meta = self.meta | {"training": self.meta["training"] | training}
         xpe.save_prompt(self.folder, self.tensors.get("prompt", {}), self.tensors["head"], meta)
-        for old in self.folder.glob("checkpoint-*.pt"):
-            old.unlink()
         tqdm.write(f"{self.folder}: dev accuracy {s['best']:.1f} at step {s['best_step']}, {s['stopped']}, "
                    f"{s['seconds']:.0f} s")
 
@@ -235,6 +255,11 @@ def save_checkpoints(learners, step, model, optimizer, generators):
                 old.unlink()
 
 
+def shapes(tensors):
+    """{part: {name: (shape, dtype)}} of a snapshot."""
+    return {part: {n: (t.shape, t.dtype) for n, t in some.items()} for part, some in tensors.items()}
+
+
 def checkpoint_steps(learner):
     """The steps at which this learner can go on; 0, the start, is always one."""
     names = (re.fullmatch(r"checkpoint-(\d{1,12})\.pt", p.name) for p in learner.folder.glob("checkpoint-*"))
@@ -245,20 +270,26 @@ def load_checkpoints(learners, step, model, optimizer, generators):
     """Put a pass back to where it stood at `step`; ValueError for a file that is not such a checkpoint."""
     states = []
     for learner in learners:
-        path, settings = learner.folder / f"checkpoint-{step}.pt", learner.meta["training"]["settings"]
+        path = learner.folder / f"checkpoint-{step}.pt"
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            assert state["step"] == step and state["state"].keys() == learner.state.keys()
-            differs = [key for key in settings if state["settings"].get(key) != settings[key]]
+            assert type(state["settings"]) is dict and type(state["step"]) is int and state["step"] == step
+            types = [{k: type(v) for k, v in x.items()} for x in (state["state"], learner.state)]
+            assert types[0] == types[1]
+            here = (learner.folder / "metrics.jsonl").stat().st_size if state["state"]["metrics"] else 0
+            assert 0 <= state["state"]["metrics"] <= here
         except Exception as e:      # whatever torch.load makes of a broken or hostile file; it runs no code
-            raise ValueError(f"{path}: no checkpoint of this project ({type(e).__name__}); without it "
+            raise ValueError(f"{path}: no checkpoint of this run ({type(e).__name__}); without it "
                              f"the run starts over") from None
-        if differs:
-            key, then = differs[0], state["settings"].get(differs[0])
-            raise ValueError(f"{path}: {key} was {then!r}, not {settings[key]!r}: --resume goes on with the "
-                             f"same settings only")
+        learner.check(state["settings"], path)
         states.append(state)
     try:
+        now = shapes(snapshot(model, 0, not optimizer.stacked))
+        moments = [x.shape[1:] for x in optimizer.tensors()]
+        for s in states:
+            fits = [x.shape for x in s["optimizer"]] == moments and shapes(s["now"]) == now
+            if not fits or (s["best"] is not None and shapes(s["best"]) != now):
+                raise ValueError("tensors of other shapes")
         for part, module in ("prompt", model.prompt), ("head", model.head):
             for name, p in module.named_parameters() if module else ():
                 p.data.copy_(torch.stack([s["now"][part][name] for s in states]))
@@ -274,7 +305,7 @@ def load_checkpoints(learners, step, model, optimizer, generators):
         torch.set_rng_state(states[0]["random"][0])
         for random in states[0]["random"][1:]:
             torch.cuda.set_rng_state(random)
-    except (KeyError, RuntimeError, TypeError, ValueError, IndexError) as e:
+    except (LookupError, RuntimeError, TypeError, ValueError, AttributeError, OSError) as e:
         raise ValueError(f"{learners[0].folder}: checkpoint-{step}.pt does not fit this run: {e}") from None
 
 
@@ -316,7 +347,7 @@ def train(learners, model, autocast, cfg, pad_id, device, resume=False, quiet=Fa
         load_checkpoints(learners, step, model, optimizer, generators)
     else:
         for x in learners:
-            for stale in (*x.folder.glob("checkpoint-*.pt"), x.folder / "metrics.jsonl"):
+            for stale in (*x.folder.glob("checkpoint-*"), x.folder / "metrics.jsonl"):
                 stale.unlink(missing_ok=True)
     saved, clock, epoch, orders = step, time.time(), None, None
     weights = torch.stack([x.task.weights for x in learners]).to(device)                    # (K, C)
@@ -338,6 +369,8 @@ def train(learners, model, autocast, cfg, pad_id, device, resume=False, quiet=Fa
                 model.set_generators(generators)
                 weights = weights[stay]
             if interrupts.got:
+                for x in learners:
+                    x.state["seconds"] += time.time() - clock
                 save_checkpoints(learners, step, model, optimizer, generators)
                 break
 
@@ -362,6 +395,7 @@ def train(learners, model, autocast, cfg, pad_id, device, resume=False, quiet=Fa
                 loss = (loss * w).sum(1) / w.sum(1) / len(micro)                            # (K,)
                 (loss * optimizer.scale).sum().backward()
                 optimizer.loss += loss.detach()         # stays on the device: reading it would wait
+            del logits, loss        # the graph goes: it would expect gradients of the size of a larger stack
             optimizer.step(step + 1, schedule(step, steps, cfg["warmup"], cfg["schedule"], cfg["cycles"]))
             step += 1
             bar.update()
@@ -451,7 +485,8 @@ def plan(args):
     config = load_config(args.sources, args.set)
     config["data"]["name"] = args.data or config["data"]["name"]
     config["backbone"]["name"] = args.backbone or config["backbone"]["name"]
-    source = Run(args.adapt, args.backbone, args.data) if args.adapt else None
+    trust = config["backbone"]["trust_remote_code"]
+    source = Run(args.adapt, args.backbone, args.data, trust) if args.adapt else None
     mode = args.mode or (source and source.meta["kind"])
     if not mode:
         raise ValueError(f"--mode is missing: {', '.join(xpe.KINDS)}")
@@ -474,6 +509,8 @@ def plan(args):
         raise ValueError(f"no group {group!r} in {args.sources}{nearest(group, config['groups'])}")
     else:
         languages = resolve_group(config, group)
+    if not re.fullmatch(r"[\w+-][\w.+-]*", group):
+        raise ValueError(f"group {group!r}: its name becomes a folder's: letters, digits, _ + - . only")
     folder, revision = locate(config["data"]["name"], config["data"]["revision"])
     corpus = Corpus(folder)
     corpus.check(languages)
@@ -501,6 +538,8 @@ def make_learners(job, args, tokenizer, identity):
         for task in tasks:
             settings = cfg | {"data": task.fingerprint, "backbone": identity["fingerprint"], "reads": reads,
                               "max_length": max_length}
+            if not source and cfg["mode"] != "full":
+                settings |= {f"prompt.{key}": value for key, value in prompt.items()}
             meta = {"kind": cfg["mode"], "backbone": identity, "tokenizer": tokenizer_fingerprint(tokenizer),
                     "reads": reads, "labels": list(job.corpus.labels), "max_length": max_length,
                     "sources": job.languages, "seed": seed,
@@ -565,10 +604,12 @@ def main(argv=None):
     if source and source.meta["backbone"].get("fingerprint") not in (None, identity["fingerprint"]):
         raise ValueError(f"--adapt {args.adapt}: was trained on another backbone than {b['name']}")
     learners = make_learners(job, args, tokenizer, identity)
+    learners = learners[rank::world or 1]   # torchrun: each process trains its share, none needs the others
     for learner in learners:
         if learner.folder.exists() and not args.resume:
             raise FileExistsError(f"{learner.folder} exists: --resume goes on, --out starts elsewhere")
-    learners = learners[rank::world or 1]   # torchrun: each process trains its share, none needs the others
+        if learner.finished:
+            learner.check(learner.finished.get("settings") or {}, learner.folder / "prompt.json")
     gpu = args.device == "auto" and torch.cuda.is_available()
     device = pick_device(f"cuda:{local}" if gpu else args.device)
     size = 1 if cfg["mode"] == "full" else cfg["learners_at_once"]
@@ -579,9 +620,14 @@ def main(argv=None):
     fresh = {k: v.clone() for k, v in backbone.state_dict().items()} if cfg["mode"] == "full" else None
     for todo in passes:
         for learner in todo:
-            if args.resume and learner.finished:
-                print(f"{learner.folder}: finished already")
-        todo = [x for x in todo if not (args.resume and x.finished)]
+            lost, stale = learner.folder / "diverged.txt", [*learner.folder.glob(".*.????????")]
+            if learner.finished or lost.is_file():
+                print(f"{learner.folder}: " + ("finished already" if learner.finished else
+                                               f"{lost.read_text().strip()}; remove the folder to try again"))
+                stale += learner.folder.glob("checkpoint-*.pt")
+            for file in stale:          # what a killed process was about to rename or to remove
+                file.unlink()
+        todo = [x for x in todo if not x.finished and not (x.folder / "diverged.txt").is_file()]
         if not todo:
             continue
         if fresh:
@@ -594,7 +640,8 @@ def main(argv=None):
             learner.meta["training"]["trainable"] = count
             learner.folder.mkdir(parents=True, exist_ok=True)
             text = yaml.safe_dump(job.config, sort_keys=False, allow_unicode=True, width=110)
-            xpe.write_atomic(learner.folder / "config.yaml", text.encode())
+            if checkpoint_steps(learner) == {0}:        # else it goes on, and only with the same settings
+                xpe.write_atomic(learner.folder / "config.yaml", text.encode())
         n = len(todo[0].task.lengths)
         print(f"{cfg['mode']}: {len(todo)} x {count:,} trainable numbers; {n:,} sentences of {job.group}; "
               f"{device.type}, {cfg['amp']}", flush=True)
@@ -607,11 +654,12 @@ def main(argv=None):
             raise ValueError(f"out of memory with {len(todo)} learners of {cfg['batch_size']} sentences: "
                              f"lower train.learners_at_once, train.batch_size or evaluate.tokens") from None
         if not done:
-            print(f"interrupted; go on with: python {' '.join(sys.argv)}{'' if args.resume else ' --resume'}")
+            again = shlex.join(sys.argv + ["--resume"] * (not args.resume))
+            print(f"interrupted; go on with: python {again}")
             return 130
     good = [x for x in learners if x.finished]
     if job.config["evaluate"]["after_training"] and good:
-        runs = [Run(x.folder, args.backbone, args.data) for x in good]
+        runs = [Run(x.folder, args.backbone, args.data, b["trust_remote_code"]) for x in good]
         if source:
             before = score([source], "test", [job.languages], device)[source.name][0]
             before = {row["language"]: row["accuracy"] for row in before}
@@ -624,7 +672,7 @@ def main(argv=None):
         print(f"next:\n  python evaluate.py {good[0].folder} --text \"Your sentence\"\n"
               f"  python evaluate.py {args.out}/* --report")
     return 0 if len(good) == len(learners) and not any(
-        x.state["stopped"].startswith("diverged") for x in good) else 2
+        x.finished["stopped"].startswith("diverged") for x in good) else 2
 
 
 if __name__ == "__main__":

@@ -346,8 +346,11 @@ def write_atomic(path, data):
             os.fsync(f.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as e:
         Path(temporary).unlink(missing_ok=True)
+        why = e.__context__ if isinstance(e, RuntimeError) else e      # torch.save hides a full disk in one
+        if isinstance(why, OSError):
+            raise OSError(why.errno, why.strerror, str(path)) from None
         raise
 
 
@@ -479,10 +482,10 @@ def load_authors(folder):
         new = name
         for pattern, replacement in AUTHORS_NAMES:
             new = re.sub(pattern, replacement, new)
-        linear = re.search(r"linears\.(\d+)\.", new)
+        linear = re.search(r"linears\.(\d{1,3})\.", new)
         if linear:                                                                  # 0, 3, 6 -> 0, 1, 2
             new = new.replace(linear[0], f"linears.{int(linear[1]) // 3}.")
-        tensors[new] = tensor.float()
+        tensors[new] = tensor
     ratio, bare = theirs["encoder_ratio"], theirs.get("encoder_reparameterization_type")
     if ratio == 1 and "prompt.standard" in tensors and "prompt.encoded" not in tensors:
         tensors["prompt.encoded"] = tensors.pop("prompt.standard")
@@ -492,15 +495,17 @@ def load_authors(folder):
     classes, width = out.shape
     meta = {"kind": "spt" if ratio == 0 else "xpe" if ratio == 1 else "dual", "reads": "prompt",
             "prompt": dict(width=theirs.get("token_dim") or width, length=theirs.get("num_virtual_tokens"),
-                           ratio=ratio, encoder=AUTHORS_ENCODERS.get(bare, str(bare)),
+                           ratio=ratio, encoder=AUTHORS_ENCODERS.get(str(bare), str(bare)),
                            hidden=theirs.get("encoder_hidden_size"),
                            heads=theirs.get("encoder_num_heads") or 8,
                            layers=theirs.get("encoder_num_layers") or 2,
                            dropout=theirs.get("encoder_dropout") or 0.0),
             "head": dict(width=width, classes=classes, dropout=0.1), "max_length": 164,
             "backbone": {"name": str(theirs.get("base_model_name_or_path")), "revision": "main"},
-            "labels": [str(i) for i in range(classes)], "training": {}}   # their files name no labels
-    return (*restore(path, meta, tensors), meta)
+            "training": {}}
+    prompt, head = restore(path, meta, tensors)
+    meta["labels"] = [str(i) for i in range(classes)]       # their files name no labels
+    return prompt, head, meta
 
 
 def export_peft(folder, prompt, head, meta):
