@@ -259,8 +259,9 @@ def length_batches(lengths, batch_size, seed, epoch):
 
 def token_batches(lengths, budget, extra=0):
     """Batches for evaluation -> list of index arrays: sorted by length, longest first (too little memory
-    shows at once), as many rows as fit `budget` positions with `extra` prompt rows each. Whoever uses them puts the
-    results back into the old order."""
+    shows at once), as many rows as fit `budget` positions with `extra` prompt rows each.
+
+    Whoever uses them puts the results back into the old order."""
     order, batches, start = np.argsort(-np.asarray(lengths), kind="stable"), [], 0
     while start < len(order):
         rows = max(1, budget // (lengths[order[start]] + extra))
