@@ -221,21 +221,22 @@ def locate(name, revision="main"):
 # ---- from texts to batches ---------------------------------------------------------------------------------
 
 def encode(texts, tokenizer, max_length):
-    """Tokenize all texts at once -> lists of token ids, special tokens included, cut at max_length."""
-    if not texts:
-        return []
-    ids = tokenizer(list(texts), truncation=True, max_length=max_length, padding=False,
-                    return_attention_mask=False, return_token_type_ids=False)["input_ids"]
+    """Tokenize texts -> list of int32 arrays of token ids, special tokens included, cut at max_length."""
+    ids, texts = [], list(texts)
+    for i in range(0, len(texts), 2048):    # not all at once: the tokenizer's records take 14 KB a sentence
+        part = tokenizer(texts[i:i + 2048], truncation=True, max_length=max_length, padding=False,
+                         return_attention_mask=False, return_token_type_ids=False)["input_ids"]
+        ids += [np.array(row, dtype=np.int32) for row in part]
     for text, row in zip(texts, ids):
-        if not row:
+        if not len(row):
             raise ValueError(f"the tokenizer makes no token of {text[:60]!r}")
     return ids
 
 
-def collate(rows, pad_id, multiple=1):
-    """Lists of token ids -> input_ids, attention_mask, both (B, T) int64, padded on the *right*: left padding
-    would shift the positions that XLM-R gives to `inputs_embeds`. T is rounded up to a multiple."""
-    T = -(-max(map(len, rows)) // multiple) * multiple
+def collate(rows, pad_id):
+    """Token ids of B texts -> input_ids, attention_mask, both (B, T) int64, padded on the *right*: left
+    padding would shift the positions that XLM-R gives to `inputs_embeds`."""
+    T = max(map(len, rows))
     ids = np.full((len(rows), T), pad_id, dtype=np.int64)
     lengths = np.fromiter(map(len, rows), np.int64, len(rows))
     for i, row in enumerate(rows):
@@ -259,14 +260,15 @@ def length_batches(lengths, batch_size, seed, epoch):
 
 def token_batches(lengths, budget, extra=0):
     """Batches for evaluation -> list of index arrays: sorted by length, longest first (too little memory
-    shows at once), as many rows as fit `budget` positions with `extra` prompt rows each.
-
-    Whoever uses them puts the results back into the old order."""
+    shows at once), as many rows as fit `budget` positions with `extra` prompt rows each, and beyond 32 rows
+    only those that need less than 5 % padding. Whoever uses them restores the order."""
     order, batches, start = np.argsort(-np.asarray(lengths), kind="stable"), [], 0
+    sizes = np.asarray(lengths)[order] + extra
     while start < len(order):
-        rows = max(1, budget // (lengths[order[start]] + extra))
-        batches.append(order[start:start + rows])
-        start += rows
+        fit = max(1, budget // sizes[start])
+        alike = np.searchsorted(-sizes, -0.95 * sizes[start], side="right") - start
+        batches.append(order[start:start + min(fit, max(alike, 32))])
+        start += len(batches[-1])
     return batches
 
 

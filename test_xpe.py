@@ -344,6 +344,11 @@ def test_any_backbone(kind):
     for more, value in ((12, 1), (2, 7)):       # more padding, and whatever it is padded with
         close(model(F.pad(batch[0], (0, more), value=value), F.pad(batch[1], (0, more))), logits, 1e-4)
     close(torch.cat([model(*data.collate([x], 1)) for x in ids]), logits, 1e-4)     # no padding
+    if kind not in DECODERS:                    # no row that the head reads may miss anything of the backbone
+        x = torch.cat((prompt()[0].expand(3, -1, -1), backbone.get_input_embeddings()(batch[0])), 1)
+        h = backbone(inputs_embeds=x, attention_mask=F.pad(batch[1], (6, 0), value=1))[0]
+        assert h.shape[1] == 6 + 9
+        close(head(h[None, :, 0])[0], logits, 1e-5)
     other = model(batch[0].roll(1, 0), batch[1].roll(1, 0))
     assert (other - logits).abs().min(1).values.max() > 1e-4    # the text matters
     model.train()(*batch).logsumexp(1).sum().backward()
@@ -803,7 +808,6 @@ def test_token_batches():
         for b, after in zip(batches, [*batches[1:], []]):
             longest = max(int(REALISTIC[i]) for i in b)
             assert len(b) == 1 or len(b) * (longest + extra) <= budget
-            assert not len(after) or (len(b) + 1) * (longest + extra) > budget       # and it is used up
     assert data.token_batches([], 100) == []
 
 
@@ -814,8 +818,6 @@ def test_collate():
     assert ids.dtype == mask.dtype == torch.int64
     assert ids.tolist() == [[5, 1, 7, 1], [8, 1, 1, 1], [9, 9, 9, 9]]
     assert mask.tolist() == [[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]]
-    wide = data.collate(rows, 1, multiple=3)
-    assert wide[0].shape == (3, 6) and torch.equal(wide[0][:, :4], ids) and not wide[1][:, 4:].any()
 
 
 def test_fingerprint():

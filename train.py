@@ -351,7 +351,7 @@ def train(learners, model, autocast, cfg, pad_id, device, resume=False, quiet=Fa
                 stale.unlink(missing_ok=True)
     saved, clock, epoch, orders = step, time.time(), None, None
     weights = torch.stack([x.task.weights for x in learners]).to(device)                    # (K, C)
-    multiple = 8 if device.type == "cuda" else 1        # tensor cores like lengths that 8 divides
+    waken(model, cfg)
     bar = tqdm(total=steps, initial=step, unit=" steps", disable=quiet or None, dynamic_ncols=True)
     with Interrupts() as interrupts:
         while True:
@@ -376,8 +376,6 @@ def train(learners, model, autocast, cfg, pad_id, device, resume=False, quiet=Fa
 
             # one step: every learner's own batch, side by side
             K = len(learners)
-            model.train()
-            model.backbone.train(cfg["dropout"])        # paper: frozen, but its dropout is active
             if epoch != step // per_epoch:
                 epoch = step // per_epoch
                 orders = [length_batches(x.task.lengths, B, x.seed, epoch) for x in learners]
@@ -385,7 +383,7 @@ def train(learners, model, autocast, cfg, pad_id, device, resume=False, quiet=Fa
             micro = range(first, min(first + accumulate, batches))
             for i in micro:
                 rows = [(x.task, j) for x, order in zip(learners, orders) for j in order[i]]
-                ids, mask = collate([t.ids["train"][j] for t, j in rows], pad_id, multiple)
+                ids, mask = collate([t.ids["train"][j] for t, j in rows], pad_id)
                 labels = torch.tensor([t.labels["train"][j] for t, j in rows])
                 ids, mask, labels = (t.to(device, non_blocking=True) for t in (ids, mask, labels))
                 with autocast():
@@ -404,6 +402,7 @@ def train(learners, model, autocast, cfg, pad_id, device, resume=False, quiet=Fa
                 train_loss = optimizer.loss / ((step - 1) % every + 1)
                 judge_all(learners, model, optimizer, step, steps, train_loss, cfg, pad_id, autocast)
                 optimizer.loss.zero_()
+                waken(model, cfg)
                 dev, best = (np.mean([x.state[key] for x in learners]) for key in ("dev", "best"))
                 bar.set_postfix_str(f"dev accuracy {dev:.1f}, best {best:.1f}")
                 if not quiet and step * 8 // steps > (step - every) * 8 // steps:     # a few lines that stay
@@ -417,6 +416,12 @@ def train(learners, model, autocast, cfg, pad_id, device, resume=False, quiet=Fa
                     saved = step
     bar.close()
     return not learners
+
+
+def waken(model, cfg):
+    """Training mode. paper: the backbone is frozen, but its dropout is active."""
+    model.train()
+    model.backbone.train(cfg["dropout"])
 
 
 def judge_all(learners, model, optimizer, step, steps, train_loss, cfg, pad_id, autocast):
