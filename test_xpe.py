@@ -1360,8 +1360,9 @@ def test_train_evaluate_adapt_export(world, tmp_path, capsys):
 
 def test_the_sample_beats_chance(tmp_path, capsys):
     """Catches: a sample that no longer learns, labels that do not carry over to languages without any."""
-    argv = ["--mode", "xpe", "--sources", str(HERE / "sample/config.yaml"), "--out", str(tmp_path), "--steps", "60",
-            "--data", str(HERE / "sample/sib200"), "--backbone", str(HERE / "sample/backbone"), "--device", "cpu"]
+    argv = ["--mode", "xpe", "--sources", str(HERE / "sample/config.yaml"), "--out", str(tmp_path),
+            "--data", str(HERE / "sample/sib200"), "--backbone", str(HERE / "sample/backbone"),
+            "--steps", "60", "--device", "cpu"]
     assert train.main(argv) == 0
     groups = xpe.read_json(tmp_path / "xpe-sources-s11/test.json")["groups"]
     assert groups["Sources"]["accuracy"] > 100 / 7 + 30 and groups["Seen targets"]["accuracy"] > 100 / 7 + 25
