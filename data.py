@@ -205,6 +205,7 @@ def locate(name, revision="main"):
     Raises FileNotFoundError with what was wanted and what to do instead.
     """
     folder = Path(name).expanduser()
+    folder = folder if folder.is_dir() else Path(__file__).resolve().parent / folder
     if folder.is_dir():
         revision = "local"
     elif not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or ".." in str(name):

@@ -29,7 +29,8 @@ import yaml
 from tqdm import tqdm
 
 import xpe
-from data import Corpus, collate, download, encode, fingerprint, locate, nearest, run_main, token_batches
+from data import (LABELS, Corpus, collate, download, encode, fingerprint, locate, nearest, run_main,
+                  token_batches)
 
 HERE = Path(__file__).resolve().parent
 DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -295,6 +296,8 @@ class Run:
         self.config = load_config(folder / "config.yaml" if (folder / "config.yaml").is_file() else None)
         self.released = not (folder / "prompt.json").is_file()          # by the paper's authors
         if self.released:       # what their files do not say, the names of their repositories and branches do
+            if len(self.meta["labels"]) == len(LABELS):
+                self.meta["labels"] = list(LABELS)
             seed = re.search(r"seed-0*(\d+)", self.name)
             self.meta |= {"sources": resolve_group(self.config, "seen" if "-seen" in self.name else "joshi5"),
                           "seed": int(seed[1]) if seed else 1}
@@ -303,9 +306,13 @@ class Run:
         if not isinstance(self.sources, list) or not all(isinstance(s, str) for s in self.sources):
             raise ValueError(f"{folder / 'prompt.json'}: 'sources' must be a list of language codes")
         self.config["backbone"]["trust_remote_code"] = trust    # ours to say, never the run's own file's
-        self.config["backbone"]["name"] = backbone or self.meta["backbone"]["name"]
-        self.config["backbone"]["revision"] = self.meta["backbone"]["revision"].replace("local", "main")
-        self.config["data"]["name"] = data or self.config["data"]["name"]
+        own = self.config["train"] | (self.meta["training"].get("settings") or {})
+        self.numerics = own["amp"], own["frozen_weights"]
+        met = self.meta.get("data") if isinstance(self.meta.get("data"), dict) else {}
+        for section, name, then in ("backbone", backbone, self.meta["backbone"]), ("data", data, met):
+            self.config[section] |= {"name": name, "revision": "main"} if name else {
+                k: v.replace("local", "main") if k == "revision" else v
+                for k, v in then.items() if k in ("name", "revision") and isinstance(v, str)}
 
     def key(self):
         """Runs with equal keys can share one pass through the backbone."""
@@ -313,8 +320,8 @@ class Run:
         length = self.prompt.length if self.prompt is not None else 0
         cfg = self.config
         return json.dumps([own, cfg["backbone"], length, self.head.config, self.meta["reads"],
-                           self.meta["max_length"], self.meta["labels"], cfg["data"]["name"],
-                           cfg["train"]["amp"], cfg["train"]["frozen_weights"]], sort_keys=True)
+                           self.meta["max_length"], self.meta["labels"], cfg["data"], self.numerics],
+                          sort_keys=True)
 
 
 def groups_of(runs):
@@ -350,8 +357,9 @@ def join(runs, device):
         except RuntimeError as e:
             raise ValueError(f"{path}: {' '.join(str(e).split())[:200]}") from None
     prompt = xpe.stack([r.prompt.collapse() for r in runs]) if runs[0].prompt is not None else None
-    model = xpe.PromptedClassifier(backbone, prompt, xpe.stack([r.head for r in runs]), meta["reads"])
-    return model, tokenizer, place(model, device, config["train"]["amp"], config["train"]["frozen_weights"])
+    model = xpe.PromptedClassifier(backbone, prompt, xpe.stack([r.head for r in runs]), meta["reads"],
+                                   frozen=meta["kind"] != "full")       # as it was trained, so it is scored
+    return model, tokenizer, place(model, device, *runs[0].numerics)
 
 
 def score(runs, split, languages, device):
@@ -365,8 +373,6 @@ def score(runs, split, languages, device):
     folder, revision = locate(config["data"]["name"], config["data"]["revision"])
     corpus = Corpus(folder)
     for run in runs:
-        if run.released and len(run.meta["labels"]) == len(corpus.labels):
-            run.meta["labels"] = list(corpus.labels)        # the authors' files hold no names
         if list(corpus.labels) != run.meta["labels"]:
             raise ValueError(f"{folder} has the labels {', '.join(corpus.labels)}; {run.name} was trained on "
                              f"{', '.join(run.meta['labels'])}")
@@ -416,8 +422,10 @@ def to_csv(rows):
 def write_scores(run, split, rows, predictions, identity, folder):
     """Write <split>.csv, <split>.json and <split>_predictions.csv to a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    if run.released:            # in this project's format from now on
-        xpe.save_prompt(folder, xpe.take(run.prompt, 0), xpe.take(run.head, 0), run.meta)
+    if run.released or folder.resolve() != run.folder.resolve():    # then with the prompt, for the report
+        prompt = xpe.take(run.prompt, 0) if run.prompt is not None else {}
+        xpe.save_prompt(folder, prompt, xpe.take(run.head, 0), run.meta)
+        xpe.write_atomic(folder / "config.yaml", yaml.safe_dump(run.config, sort_keys=False).encode())
     scores = {r["language"]: r["accuracy"] for r in rows}
     means = group_means(scores, run.config, run.sources)
     summary = {"run": run.name, "kind": run.meta["kind"], "sources": run.sources, "split": split, **identity,

@@ -98,6 +98,10 @@ def our_rows(rows, config, say):
         means = [group_means(r.scores, config, r.meta["sources"]) for r in own.values()]
         trainable = next(iter(own.values())).meta.get("training", {}).get("trainable")
         out.append({"method": method, "source": source, "n": len(own), "trainable": trainable})
+        settings = [r.meta.get("training", {}).get("settings") or {} for r in own.values()]
+        mixed = sorted(k for k in settings[0] if any(s.get(k) != settings[0][k] for s in settings))
+        if mixed:
+            say(f"{method} {source}: its runs differ in {', '.join(mixed)}, and are averaged all the same")
         for title in means[0]:
             out[-1] |= spread(title, [m[title][0] for m in means])
             for r, (_, n, of) in zip(own.values(), (m[title] for m in means)):
@@ -262,7 +266,7 @@ def main(args):
         raise ValueError("none of these runs is scored: python evaluate.py RUN... comes first")
     for c in leave_out - gold.keys():
         raise ValueError(f"--leave-out: {c!r} is not among the scored languages{nearest(c, gold)}")
-    if "ars_Arab" in gold.keys() - leave_out:
+    if "ars_Arab" in gold.keys() - leave_out and any("arb_Arab" in r.meta["sources"] for r in runs):
         say("ars_Arab shares 138 of its 204 test sentences with arb_Arab, a source; --leave-out ars_Arab")
     names, whole = {Path(r.meta["backbone"]["name"]).name for r in runs}, runs[0].config
     if len(names) > 1:

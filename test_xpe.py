@@ -1349,7 +1349,7 @@ def test_train_evaluate_adapt_export(world, tmp_path, capsys):
         "--set", "adapt.rate=0.0", "--set", "adapt.encoded_rate=0.0")
     source = xpe.load_prompt(folders[-1])
     for language in ("ccc_Latn", "bbb_Latn"):
-        prompt, head, meta = xpe.load_prompt(tmp_path / "adapted" / f"xpe-two-to-{language}-s12")
+        prompt, head, meta = xpe.load_prompt(tmp_path / "adapted" / f"xpe-two-s12-to-{language}-s12")
         assert (meta["adapted_to"], meta["adapted_from"]) == (language, "xpe-two-s12")
         assert prompt.config["dropout"] == 0.0
         for a, b in zip((prompt, head), source):        # at a rate of zero they are where they started

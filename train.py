@@ -76,7 +76,8 @@ class Optimizer:
         grads = [self.with_k(p.grad) for p in parameters]
         norm = torch.stack([g.flatten(1).float().square().sum(1) for g in grads]).sum(0).sqrt() / self.scale
         finite = norm.isfinite() & (self.failed_at == 0)                    # (K,)
-        shrink = (self.clip / (norm + 1e-6)).clamp(max=1) / self.scale      # torch's clip_grad_norm_, K times
+        clip = self.clip or math.inf                                        # 0: none
+        shrink = (clip / (norm + 1e-6)).clamp(max=1) / self.scale           # torch's clip_grad_norm_, K times
         self.steps += finite
         t = self.steps.clamp(min=1)
         decay = torch.where(finite, 1 - t ** -0.8, 1).float()               # of Adafactor's running means
@@ -342,7 +343,10 @@ def train(learners, model, autocast, cfg, pad_id, device, resume=False, quiet=Fa
     per_epoch = -(-batches // accumulate)               # steps
     steps = cfg["epochs"] * per_epoch or cfg["steps"]
     every = cfg["evaluate_every"] or per_epoch
-    step = max(set.intersection(*map(checkpoint_steps, learners))) if resume else 0
+    have = [checkpoint_steps(x) for x in learners]
+    step = max(set.intersection(*have)) if resume else 0
+    if resume and not step and all(len(some) > 1 for some in have):
+        raise ValueError(f"{learners[0].folder} and others stand at different steps: --resume them apart")
     if step:
         load_checkpoints(learners, step, model, optimizer, generators)
     else:
@@ -498,9 +502,11 @@ def plan(args):
     if source and (source.meta["kind"] != mode or mode == "full"):
         raise ValueError(f"--adapt {args.adapt}: a {source.meta['kind']} run cannot be adapted as {mode}")
     if args.ratio is not None:
-        if mode != "dual" or not 0 < args.ratio < 1:
-            raise ValueError(f"--ratio {args.ratio}: a share between 0 and 1, and with --mode dual")
+        if mode != "dual" or source:
+            raise ValueError(f"--ratio {args.ratio}: goes with --mode dual, and not with --adapt")
         config["prompt"]["ratio"] = args.ratio
+    if mode == "dual" and not 0 < config["prompt"]["ratio"] < 1:
+        raise ValueError(f"--ratio {config['prompt']['ratio']}: a share between 0 and 1 (prompt.ratio)")
     if args.steps is not None and args.steps < 1:
         raise ValueError(f"--steps {args.steps}: at least 1")
     cfg = settings_for(config, mode, source, args.steps)
@@ -524,6 +530,10 @@ def plan(args):
     if source and list(corpus.labels) != source.meta["labels"]:
         raise ValueError(f"{folder}: has the labels {', '.join(corpus.labels)}; {args.adapt} knows "
                          f"{', '.join(source.meta['labels'])}")
+    for c in (languages if source else corpus.languages()) if config["evaluate"]["after_training"] else ():
+        if not (folder / c / "test.tsv").is_file():
+            raise FileNotFoundError(f"{folder / c}: no test.tsv to score afterwards; without scoring: "
+                                    f"--set evaluate.after_training=false")
     data = {"name": config["data"]["name"], "revision": revision}
     return SimpleNamespace(config=config, cfg=cfg, source=source, group=group, languages=languages,
                            corpus=corpus, data=data)
@@ -543,7 +553,9 @@ def make_learners(job, args, tokenizer, identity):
         for task in tasks:
             settings = cfg | {"data": task.fingerprint, "backbone": identity["fingerprint"], "reads": reads,
                               "max_length": max_length}
-            if not source and cfg["mode"] != "full":
+            if source:
+                settings["source"] = source.name
+            elif cfg["mode"] != "full":
                 settings |= {f"prompt.{key}": value for key, value in prompt.items()}
             meta = {"kind": cfg["mode"], "backbone": identity, "tokenizer": tokenizer_fingerprint(tokenizer),
                     "reads": reads, "labels": list(job.corpus.labels), "max_length": max_length,
@@ -555,7 +567,7 @@ def make_learners(job, args, tokenizer, identity):
             if source:
                 meta |= {"sources": source.sources, "adapted_from": source.name,
                          "adapted_to": task.languages[0]}
-                name = f"{re.sub(r'-s[0-9]+$', '', source.name)}-to-{task.languages[0]}-s{seed}"
+                name = f"{source.name}-to-{task.languages[0]}-s{seed}"
             learners.append(Learner(Path(args.out) / name, seed, task, meta))
     return learners
 
@@ -635,11 +647,17 @@ def main(argv=None):
         todo = [x for x in todo if not x.finished and not (x.folder / "diverged.txt").is_file()]
         if not todo:
             continue
+        new = [x.folder.name for x in todo if not x.folder.exists()]
+        if new and any(len(checkpoint_steps(x)) > 1 for x in todo):
+            raise ValueError(f"--resume: {', '.join(new)} would begin where others go on: run them apart")
         if fresh:
             backbone.float().load_state_dict(fresh)
         model = make_model(job, todo, backbone)
         model.check_length(max(len(ids) for x in todo for split in x.task.ids.values() for ids in split))
         autocast = place(model, device, cfg["amp"], cfg["frozen_weights"])
+        pad_id, ends = tokenizer.pad_token_id or 0, sorted(todo[0].task.ids["train"], key=len)
+        if len(ends) > 1 and torch.equal(*predict(model, [ends[0], ends[-1]], pad_id, autocast=autocast)):
+            raise ValueError("the head sees nothing of the text: a decoder needs --set prompt.reads=last")
         count = sum(p.numel() for g in parameter_groups(model, cfg) for p in g["params"]) // len(todo)
         for learner in todo:
             learner.meta["training"]["trainable"] = count
@@ -651,7 +669,6 @@ def main(argv=None):
         print(f"{cfg['mode']}: {len(todo)} x {count:,} trainable numbers; {n:,} sentences of {job.group}; "
               f"{device.type}, {cfg['amp']}", flush=True)
         try:
-            pad_id = tokenizer.pad_token_id or 0
             done = train(todo, model, autocast, cfg, pad_id, device, args.resume, quiet=rank > 0)
         except RuntimeError as e:
             if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
