@@ -3,6 +3,7 @@
     python -m pytest -q test_robust_part.py                   # offline, CPU
     XPE_KILLS=30 XPE_FUZZ=100000 python -m pytest ...         # more kills, more hostile files
 """
+import contextlib
 import json
 import os
 import random
@@ -384,7 +385,7 @@ class Forge:
     """Runs train.py in processes that start within milliseconds. Environment: no CUDA, no network, one thread."""
 
     def __init__(self, folder, **env):
-        self.folder, self.n = folder, 0
+        self.folder, self.n, self.running = folder, 0, False
         env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "hf"), "CUDA_VISIBLE_DEVICES": "",
                "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", **env}
         self.process = subprocess.Popen([sys.executable, "-c", FORGE.format(here=str(HERE))], stdin=subprocess.PIPE,
@@ -392,7 +393,9 @@ class Forge:
 
     def start(self, argv=(), before=""):
         """-> pid of a child that runs `before`, then train.py."""
-        self.n += 1
+        if self.running:        # of a test that failed before its end: only that one shall
+            self.end()
+        self.n, self.running = self.n + 1, True
         self.log = self.folder / f"job{self.n}.log"
         job = {"argv": list(map(str, argv)), "before": before, "log": str(self.log)}
         self.process.stdin.write(json.dumps(job) + "\n")
@@ -401,6 +404,7 @@ class Forge:
 
     def end(self):
         """-> (exit status, what it printed)."""
+        self.running = False
         return int(self.process.stdout.readline().split()[1]), self.log.read_text("utf-8", "replace")
 
     def run(self, argv=(), before=""):
@@ -452,22 +456,29 @@ def test_kills_at_random_moments_and_resume_end_with_the_same_bits(world, tmp_pa
     kills = int(os.environ.get("XPE_KILLS", 6))
     args = ["--steps", str(12 * kills), "--mode", "dual", "--set", "train.checkpoint_every=1", "--set",
             "train.evaluate_every=3", "--set", "train.patience=3", "--set", "train.patience_after=0.9"]
-    start = time.time()
     assert forge.run(command(world, tmp_path / "once", *args))[0] == 0
-    span, draw, done, tries = time.time() - start, random.Random(kills), 0, 0
+    draw, done, tries = random.Random(kills), 0, 0
+
+    def progress():
+        """Evaluations that all seeds together have written down."""
+        return sum(f.read_bytes().count(b"\n") for f in (tmp_path / "often").glob("*/metrics.jsonl")) // 3
     code = -9
     while code:
         tries += 1
         pid = forge.start(command(world, tmp_path / "often", *args, *(["--resume"] if tries > 1 else [])))
-        if done < kills:
-            # a share of the whole run, longer than it takes to start, so that most attempts get ahead
-            time.sleep(0.25 + draw.random() * 2.4 * span / kills)
-            os.kill(pid, signal.SIGKILL)
+        if done < kills:        # a few evaluations later than it was, and at any moment of what follows
+            goal = progress() + draw.randrange(4)
+            with contextlib.suppress(ProcessLookupError):       # it was quicker
+                while progress() < goal or not progress():
+                    os.kill(pid, 0)
+                    time.sleep(0.001)
+                time.sleep(draw.random() * 0.03)
+                os.kill(pid, signal.SIGKILL)
         code, log = forge.end()
         assert code in (0, -9), log
         done += code == -9
         assert tries < 4 * kills + 4
-    print(f"{done} kills in {tries} attempts, {span:.1f} s uninterrupted")
+    print(f"{done} kills in {tries} attempts")
     assert done >= min(kills, 3) and bits(tmp_path / "often") == bits(tmp_path / "once")
 
 
