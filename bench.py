@@ -12,7 +12,7 @@ read the ratios. Weights and token ids are random, which changes no speed.
     python bench.py --size small --amp off          # with sample/'s sentences and tokenizer
     python bench.py --size large --data Davlan/sib200 --tokenizer FacebookAI/xlm-roberta-large
 
-One thread of an AMD EPYC that other jobs shared, --size tiny --attention eager --steps 40, 57 tokens a sentence:
+One thread of an AMD EPYC that other jobs shared, --size tiny --attention eager --steps 40:
     ours x 1            6.23         192    1.076     1.439    2.6%     -
 """
 import argparse

@@ -1,6 +1,6 @@
-"""Interrupts, kills, numbers that go bad, hostile files, a hub that misbehaves, full disks: what a run survives.
+"""Interrupts, kills, numbers that go bad, hostile files, a bad hub, full disks: what a run survives.
 
-    python -m pytest -q test_robust_part.py                   # offline, CPU
+    python -m pytest -q test_robust.py                   # offline, CPU
     XPE_KILLS=30 XPE_FUZZ=100000 python -m pytest ...         # more kills, more hostile files
 """
 import contextlib

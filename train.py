@@ -594,6 +594,24 @@ def make_model(job, learners, backbone):
                                   learners[0].meta["reads"], frozen=not full)
 
 
+def unfinished(learners):
+    """Those of a pass that have yet to train; says which have ended, and clears away debris."""
+    todo = []
+    for learner in learners:
+        lost, stale = learner.folder / "diverged.txt", [*learner.folder.glob(".*.????????")]
+        if learner.finished:
+            print(f"{learner.folder}: finished already")
+        elif lost.is_file():
+            print(f"{learner.folder}: {lost.read_text().strip()}; remove the folder to try again")
+        else:
+            todo.append(learner)
+        if learner not in todo:
+            stale += learner.folder.glob("checkpoint-*.pt")
+        for file in stale:          # what a killed process was about to rename or to remove
+            file.unlink()
+    return todo
+
+
 def main(argv=None):
     """The command line."""
     parser = argparse.ArgumentParser(description="Train soft prompts, the backbone frozen.")
@@ -636,15 +654,7 @@ def main(argv=None):
     passes = [some[i:i + size] for some in passes for i in range(0, len(some), size)]
     fresh = {k: v.clone() for k, v in backbone.state_dict().items()} if cfg["mode"] == "full" else None
     for todo in passes:
-        for learner in todo:
-            lost, stale = learner.folder / "diverged.txt", [*learner.folder.glob(".*.????????")]
-            if learner.finished or lost.is_file():
-                print(f"{learner.folder}: " + ("finished already" if learner.finished else
-                                               f"{lost.read_text().strip()}; remove the folder to try again"))
-                stale += learner.folder.glob("checkpoint-*.pt")
-            for file in stale:          # what a killed process was about to rename or to remove
-                file.unlink()
-        todo = [x for x in todo if not x.finished and not (x.folder / "diverged.txt").is_file()]
+        todo = unfinished(todo)
         if not todo:
             continue
         new = [x.folder.name for x in todo if not x.folder.exists()]
