@@ -563,6 +563,8 @@ def make_learners(job, args, tokenizer, identity):
                     "data": job.data | {"fingerprint": task.fingerprint},
                     "training": {"settings": settings, "versions": versions}}
             label = f"dual{round(100 * prompt['ratio'])}" if cfg["mode"] == "dual" else cfg["mode"]
+            if cfg["mode"] in ("dual", "xpe") and prompt["encoder"] != "mlp":
+                label += f"-{prompt['encoder']}"
             name = f"{label}-{job.group}-s{seed}"
             if source:
                 meta |= {"sources": source.sources, "adapted_from": source.name,
