@@ -329,6 +329,26 @@ def test_generators_make_a_prompt_independent_of_its_neighbours(encoder):
 
 # ---- 4. every backbone -------------------------------------------------------------------------------------
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_shortened_last_layer_keeps_its_dropout(attention):
+    """Catches: attention dropout lost or active in evaluation, a backbone left changed by a forward."""
+    backbone = tiny(num_hidden_layers=1, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.5,
+                    attn_implementation=attention)
+    model = xpe.PromptedClassifier(backbone, loud(xpe.SoftPrompt(16, 6, 0.0), 1),
+                                   loud(xpe.ClassificationHead(16, 7, 0.0), 2))
+    batch = data.collate(texts(9, 4), 1)
+    plain = backbone(*batch)[0]
+    assert torch.equal(model.eval()(*batch), model(*batch))
+    runs = torch.stack([model.train()(*batch) for _ in range(400)]).detach()        # (400, 2, 7)
+    assert (runs.std(0) > 0.01).all() and "forward" not in vars(backbone.encoder.layer[-1].attention)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(xpe, "AS_BERT", ())                       # the backbone's own attention
+        whole = torch.stack([model(*batch) for _ in range(400)]).detach()
+    assert ((runs.mean(0) - whole.mean(0)).abs() < 6 * (runs.std(0) / 20)).all()
+    assert ((runs.std(0) / whole.std(0)).log().abs() < 0.4).all()
+    assert torch.equal(backbone.eval()(*batch)[0], plain)
+
+
 @pytest.mark.parametrize("kind", [*ENCODERS, *DECODERS])
 def test_any_backbone(kind):
     """Catches: prompt or mask without effect, padding that leaks into logits, wrong widths or positions."""
@@ -348,7 +368,11 @@ def test_any_backbone(kind):
         x = torch.cat((prompt()[0].expand(3, -1, -1), backbone.get_input_embeddings()(batch[0])), 1)
         h = backbone(inputs_embeds=x, attention_mask=F.pad(batch[1], (6, 0), value=1))[0]
         assert h.shape[1] == 6 + 9
-        close(head(h[None, :, 0])[0], logits, 1e-5)
+        plain = head(h[None, :, 0])[0]
+        close(plain, logits, 1e-5)
+        mine = [*prompt.parameters()]
+        close(torch.cat([g.flatten() for g in torch.autograd.grad(plain.logsumexp(1).sum(), mine)]),
+              torch.cat([g.flatten() for g in torch.autograd.grad(model(*batch).logsumexp(1).sum(), mine)]), 1e-4)
     other = model(batch[0].roll(1, 0), batch[1].roll(1, 0))
     assert (other - logits).abs().min(1).values.max() > 1e-4    # the text matters
     model.train()(*batch).logsumexp(1).sum().backward()

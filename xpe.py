@@ -26,6 +26,7 @@ from torch import nn
 ENCODERS = ("mlp", "lstm", "attention", "none")
 KINDS = ("spt", "xpe", "dual", "head", "full")
 READS = ("prompt", "first", "mean", "last")
+AS_BERT = ("bert", "camembert", "electra", "roberta", "xlm-roberta")
 
 
 # ---- layers with a leading K -------------------------------------------------------------------------------
@@ -274,19 +275,19 @@ class PromptedClassifier(nn.Module):
 
     @contextmanager
     def _only_row_0(self, P):
-        """ours: a head that reads row 0 needs of the last layer, after its attention, just that row: the
-        same numbers for less work, where layers are built as in BERT and RoBERTa; elsewhere nothing."""
-        layers = getattr(getattr(self.backbone, "encoder", None), "layer", None)
-        attention = getattr(layers[-1], "attention", None) if layers is not None and len(layers) else None
-        if attention is None or not (self.reads == "prompt" or self.reads == "first" and P == 0):
+        """ours: a head that reads row 0 needs of the last layer just that row, which looks at all others: the
+        same numbers for less work. In encoders that are built as BERT is; elsewhere nothing changes."""
+        config = getattr(self.backbone, "config", None)
+        if (getattr(config, "model_type", "") not in AS_BERT or self.reads != "prompt" and (self.reads, P) !=
+                ("first", 0) or getattr(config, "position_embedding_type", "absolute") != "absolute"):
             yield
             return
-        hook = attention.register_forward_hook(
-            lambda _, __, out: (out[0][:, :1], *out[1:]) if isinstance(out, tuple) else out[:, :1])
+        attention = self.backbone.encoder.layer[-1].attention
+        attention.forward = lambda x, mask=None, *_, **__: (_attend_from_row_0(attention, x, mask), None)
         try:
             yield
         finally:
-            hook.remove()
+            del attention.forward       # the class's own is in force again
 
     def check_length(self, T):
         """-> P. ValueError if texts of T tokens do not fit behind the prompt: on a GPU the backbone itself
@@ -302,6 +303,16 @@ class PromptedClassifier(nn.Module):
         for module in self.modules():
             if isinstance(module, Dropout):
                 module.generators = generators
+
+
+def _attend_from_row_0(attention, x, mask):
+    """BERT's attention block with row 0 as the only query: x (B, N, H) -> (B, 1, H)."""
+    own = attention.self
+    q, k, v = (f(y).unflatten(-1, (own.num_attention_heads, -1)).transpose(1, 2)        # (B, heads, 1 or N, .)
+               for f, y in ((own.query, x[:, :1]), (own.key, x), (own.value, x)))
+    mask = None if mask is None else mask[:, :, :1]     # (B, 1, 1, N)
+    a = F.scaled_dot_product_attention(q, k, v, mask, own.dropout.p if own.training else 0.0)
+    return attention.output(a.transpose(1, 2).flatten(2), x[:, :1])
 
 
 def widths(backbone):
