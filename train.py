@@ -48,6 +48,7 @@ class Optimizer:
     """
 
     def __init__(self, groups, K, rule, clip, fp16, stacked=True):
+        self.of_each = [group for group in groups for _ in group["params"]]     # of each parameter its group
         self.groups, self.rule, self.clip, self.fp16, self.stacked = groups, rule, clip, fp16, stacked
         device = groups[0]["params"][0].device
         self.steps = torch.zeros(K, dtype=torch.float64, device=device)     # taken by each learner
@@ -80,27 +81,26 @@ class Optimizer:
         shrink = (clip / (norm + 1e-6)).clamp(max=1) / self.scale           # torch's clip_grad_norm_, K times
         self.steps += finite
         t = self.steps.clamp(min=1)
-        decay = torch.where(finite, 1 - t ** -0.8, 1).float()               # of Adafactor's running means
-        triples = zip((g for g in self.groups for _ in g["params"]), parameters, grads, self.moments)
-        for group, p, g, moments in triples:
+        new = (finite * t ** -0.8).float()      # Adafactor: weight of this step in its running means
+        for group, p, g, moments in zip(self.of_each, parameters, grads, self.moments):
             x = self.with_k(p)
             def k(v, like=x): return v.view(-1, *[1] * (like.dim() - 1))    # (K,) -> (K, 1, ...)
             g = torch.where(k(finite), g * k(shrink), 0)
             if self.rule == "adamw":
-                mean, square = moments
-                mean.copy_(torch.where(k(finite), 0.9 * mean + 0.1 * g, mean))
-                square.copy_(torch.where(k(finite), 0.999 * square + 0.001 * g * g, square))
-                unbiased = [m / k((1 - b ** t).float()) for m, b in ((mean, 0.9), (square, 0.999))]
+                unbiased = []
+                for m, now, beta in zip(moments, (g, g * g), (0.9, 0.999)):
+                    m.lerp_(now, k(finite * (1 - beta)))
+                    unbiased.append(m / k((1 - beta ** t).float()))
                 update = unbiased[0] / (unbiased[1].sqrt() + 1e-8)
             else:
                 square = g * g + 1e-30
                 for m, now in zip(moments, [square.mean(-1), square.mean(-2)] if x.dim() > 2 else [square]):
-                    m.lerp_(now, 1 - k(decay, m))
+                    m.lerp_(now, k(new, m))
                 root = moments[0].rsqrt()
                 if x.dim() > 2:     # the second moment as the outer product of its rows' and columns' means
                     row, column = moments
-                    root = (row / row.mean(-1, keepdim=True)).rsqrt()[..., None]
-                    root = root * column.rsqrt()[..., None, :]
+                    row = row / row.mean(-1, keepdim=True)
+                    root = row.rsqrt()[..., None] * column.rsqrt()[..., None, :]
                 update = g * root
                 update = update / k(update.flatten(1).square().mean(1).sqrt().clamp(min=1))
             rate = k(finite * (factor * group["rate"]))                     # not finite: no rate, no step
@@ -153,13 +153,13 @@ class Task:
 
 
 class Learner:
-    """One prompt in training: where it stands, its best state so far, its patience, its folder."""
+    """One prompt in training: where it stands, its best tensors so far, its folder."""
 
     def __init__(self, folder, seed, task, meta):
         self.folder, self.seed, self.task, self.meta = Path(folder), seed, task, meta
         self.state = dict(best=-1.0, best_step=0, best_loss=0.0, watched=math.inf, waited=0, stopped="",
                           seconds=0.0, metrics=0, dev=0.0)
-        self.tensors = None                 # of the best step: {"prompt": ..., "head": ..., "backbone": ...}
+        self.tensors = None                 # of the best step: see snapshot
 
     @property
     def finished(self):
@@ -172,11 +172,10 @@ class Learner:
 
     def check(self, settings, path):
         """Raise ValueError if `settings`, found at `path`, are not those of this run."""
-        mine = self.meta["training"]["settings"]
-        for key in mine:
-            if settings.get(key) != mine[key]:
-                raise ValueError(f"{path}: {key} was {settings.get(key)!r}, not {mine[key]!r}: --resume goes "
-                                 f"on with the same settings only")
+        for key, mine in self.meta["training"]["settings"].items():
+            if settings.get(key) != mine:
+                raise ValueError(f"{path}: {key} was {settings.get(key)!r}, not {mine!r}: --resume goes on "
+                                 f"with the same settings only")
 
     def judge(self, step, steps, accuracy, loss, train_loss, cfg):
         """Take in a dev evaluation, append it to metrics.jsonl, return whether it is the best so far."""
@@ -203,29 +202,24 @@ class Learner:
 
     def finish(self):
         """Write the best state as a prompt folder, drop the checkpoints, say where it is and how good."""
-        s = self.state
+        s, best = self.state, self.tensors
         if s["stopped"].startswith("diverged"):
-            kept = f"kept step {s['best_step']}" if self.tensors else "nothing good to keep; lower train.rate"
+            kept = f"kept step {s['best_step']}" if best else "nothing good to keep; lower train.rate"
             warn(f"{self.folder}: {s['stopped']}; {kept}")
-        if self.tensors is None:
+        if best is None:
             xpe.write_atomic(self.folder / "diverged.txt", f"{s['stopped']}\n".encode())
         else:
-            self.write()
+            if "backbone" in best:
+                from safetensors.torch import save
+                xpe.write_atomic(self.folder / "backbone.safetensors", save(best["backbone"]))
+            self.meta["training"] |= {"best_step": s["best_step"], "dev_accuracy": s["best"],
+                                      "dev_loss": s["best_loss"], "stopped": s["stopped"], "finished": True,
+                                      "seconds": round(s["seconds"], 1)}
+            xpe.save_prompt(self.folder, best.get("prompt", {}), best["head"], self.meta)
+            tqdm.write(f"{self.folder}: dev accuracy {s['best']:.1f} at step {s['best_step']}, "
+                       f"{s['stopped']}, {s['seconds']:.0f} s")
         for old in self.folder.glob("checkpoint-*.pt"):
             old.unlink()
-
-    def write(self):
-        """Write the best state as a prompt folder."""
-        s = self.state
-        if "backbone" in self.tensors:
-            from safetensors.torch import save
-            xpe.write_atomic(self.folder / "backbone.safetensors", save(self.tensors["backbone"]))
-        training = {"best_step": s["best_step"], "dev_accuracy": s["best"], "dev_loss": s["best_loss"],
-                    "stopped": s["stopped"], "finished": True, "seconds": round(s["seconds"], 1)}
-        meta = self.meta | {"training": self.meta["training"] | training}
-        xpe.save_prompt(self.folder, self.tensors.get("prompt", {}), self.tensors["head"], meta)
-        tqdm.write(f"{self.folder}: dev accuracy {s['best']:.1f} at step {s['best_step']}, {s['stopped']}, "
-                   f"{s['seconds']:.0f} s")
 
 
 def snapshot(model, k, full):
@@ -240,25 +234,24 @@ def snapshot(model, k, full):
 
 # ---- checkpoints: everything to go on, exactly ------------------------------------------------------------
 
+def standing(learner, k, step, model, optimizer, generator):
+    """All that learner k of a pass needs to go on from `step`: what its checkpoint holds."""
+    random = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
+    return dict(step=step, settings=learner.meta["training"]["settings"], state=learner.state,
+                best=learner.tensors, now=snapshot(model, k, not optimizer.stacked), random=random,
+                dropout=generator.get_state(), optimizer=[x[k].cpu().clone() for x in optimizer.tensors()])
+
+
 def save_checkpoints(learners, step, model, optimizer, generators):
     """Write checkpoint-<step>.pt for all learners of a pass, and only then delete the older ones: whenever
     the process dies, there is a step at which all of them can go on together."""
-    random = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
     for k, learner in enumerate(learners):
-        state = dict(step=step, state=learner.state, best=learner.tensors, random=random,
-                     settings=learner.meta["training"]["settings"], dropout=generators[k].get_state(),
-                     now=snapshot(model, k, not optimizer.stacked),
-                     optimizer=[x[k].cpu().clone() for x in optimizer.tensors()])
+        state = standing(learner, k, step, model, optimizer, generators[k])
         xpe.write_atomic(learner.folder / f"checkpoint-{step}.pt", lambda f: torch.save(state, f))
     for learner in learners:
         for old in learner.folder.glob("checkpoint-*.pt"):
             if old.name != f"checkpoint-{step}.pt":
                 old.unlink()
-
-
-def shapes(tensors):
-    """{part: {name: (shape, dtype)}} of a snapshot."""
-    return {part: {n: (t.shape, t.dtype) for n, t in some.items()} for part, some in tensors.items()}
 
 
 def checkpoint_steps(learner):
@@ -267,47 +260,53 @@ def checkpoint_steps(learner):
     return {0} | {int(m[1]) for m in names if m}
 
 
+def layout(x):
+    """A nest of dicts, lists, tensors and plain values without the values: keys, shapes and types."""
+    if isinstance(x, dict):
+        return {key: layout(value) for key, value in x.items()}
+    if isinstance(x, list):
+        return [layout(value) for value in x]
+    return (x.shape, x.dtype) if torch.is_tensor(x) else type(x)
+
+
 def load_checkpoints(learners, step, model, optimizer, generators):
     """Put a pass back to where it stood at `step`; ValueError for a file that is not such a checkpoint."""
     states = []
-    for learner in learners:
-        path = learner.folder / f"checkpoint-{step}.pt"
+    for k, learner in enumerate(learners):
+        path, own = learner.folder / f"checkpoint-{step}.pt", standing(learner, k, step, model, optimizer,
+                                                                       generators[k])
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            assert type(state["settings"]) is dict and type(state["step"]) is int and state["step"] == step
-            types = [{k: type(v) for k, v in x.items()} for x in (state["state"], learner.state)]
-            assert types[0] == types[1]
+            settings = dict(state["settings"])
+            own |= {"settings": settings, "best": state["best"] and own["now"]}
+            fits = layout(state) == layout(own) and state["step"] == step
             here = (learner.folder / "metrics.jsonl").stat().st_size if state["state"]["metrics"] else 0
-            assert 0 <= state["state"]["metrics"] <= here
+            fits = fits and 0 <= state["state"]["metrics"] <= here
         except Exception as e:      # whatever torch.load makes of a broken or hostile file; it runs no code
             raise ValueError(f"{path}: no checkpoint of this run ({type(e).__name__}); without it "
                              f"the run starts over") from None
-        learner.check(state["settings"], path)
+        learner.check(settings, path)
+        if not fits:
+            raise ValueError(f"{path}: does not fit this run; without it the run starts over")
         states.append(state)
-    try:
-        now = shapes(snapshot(model, 0, not optimizer.stacked))
-        moments = [x.shape[1:] for x in optimizer.tensors()]
-        for s in states:
-            fits = [x.shape for x in s["optimizer"]] == moments and shapes(s["now"]) == now
-            if not fits or (s["best"] is not None and shapes(s["best"]) != now):
-                raise ValueError("tensors of other shapes")
-        for part, module in ("prompt", model.prompt), ("head", model.head):
-            for name, p in module.named_parameters() if module else ():
-                p.data.copy_(torch.stack([s["now"][part][name] for s in states]))
-        if not optimizer.stacked:
-            model.backbone.load_state_dict(states[0]["now"]["backbone"])
-        for x, *slices in zip(optimizer.tensors(), *(s["optimizer"] for s in states), strict=True):
-            x.copy_(torch.stack(slices))
-        for learner, generator, state in zip(learners, generators, states):
+    for part, module in ("prompt", model.prompt), ("head", model.head):
+        for name, p in module.named_parameters() if module else ():
+            p.data.copy_(torch.stack([s["now"][part][name] for s in states]))
+    if not optimizer.stacked:
+        model.backbone.load_state_dict(states[0]["now"]["backbone"])
+    for x, *slices in zip(optimizer.tensors(), *(s["optimizer"] for s in states), strict=True):
+        x.copy_(torch.stack(slices))
+    for learner, generator, state in zip(learners, generators, states):
+        learner.state, learner.tensors = state["state"], state["best"]
+        with open(learner.folder / "metrics.jsonl", "ab") as f:     # the steps after will come again
+            f.truncate(learner.state["metrics"])
+        try:
             generator.set_state(state["dropout"])
-            learner.state, learner.tensors = state["state"], state["best"]
-            with open(learner.folder / "metrics.jsonl", "ab") as f:     # the steps after will come again
-                f.truncate(learner.state["metrics"])
-        torch.set_rng_state(states[0]["random"][0])
-        for random in states[0]["random"][1:]:
-            torch.cuda.set_rng_state(random)
-    except (LookupError, RuntimeError, TypeError, ValueError, AttributeError, OSError) as e:
-        raise ValueError(f"{learners[0].folder}: checkpoint-{step}.pt does not fit this run: {e}") from None
+            torch.set_rng_state(states[0]["random"][0])
+            for random in states[0]["random"][1:]:
+                torch.cuda.set_rng_state(random)
+        except RuntimeError as e:
+            raise ValueError(f"{learner.folder}: checkpoint-{step}.pt does not fit this run: {e}") from None
 
 
 class Interrupts:
@@ -492,30 +491,30 @@ def plan(args):
     """Read configuration, source run and data, and check what can be checked before anything is written
     -> config, cfg (settings_for), source (a Run to adapt, or None), group, languages, corpus, data."""
     config = load_config(args.sources, args.set)
-    config["data"]["name"] = args.data or config["data"]["name"]
-    config["backbone"]["name"] = args.backbone or config["backbone"]["name"]
-    trust = config["backbone"]["trust_remote_code"]
+    for section in ("data", "backbone"):
+        config[section]["name"] = getattr(args, section) or config[section]["name"]
+    if args.ratio is not None:
+        config["prompt"]["ratio"] = args.ratio
+    trust, ratio = config["backbone"]["trust_remote_code"], config["prompt"]["ratio"]
     source = Run(args.adapt, args.backbone, args.data, trust) if args.adapt else None
     mode = args.mode or (source and source.meta["kind"])
-    if not mode:
-        raise ValueError(f"--mode is missing: {', '.join(xpe.KINDS)}")
-    if source and (source.meta["kind"] != mode or mode == "full"):
-        raise ValueError(f"--adapt {args.adapt}: a {source.meta['kind']} run cannot be adapted as {mode}")
-    if args.ratio is not None:
-        if mode != "dual" or source:
-            raise ValueError(f"--ratio {args.ratio}: goes with --mode dual, and not with --adapt")
-        config["prompt"]["ratio"] = args.ratio
-    if mode == "dual" and not 0 < config["prompt"]["ratio"] < 1:
-        raise ValueError(f"--ratio {config['prompt']['ratio']}: a share between 0 and 1 (prompt.ratio)")
-    if args.steps is not None and args.steps < 1:
-        raise ValueError(f"--steps {args.steps}: at least 1")
-    cfg = settings_for(config, mode, source, args.steps)
-    group = args.group or ("" if source else config["sources"])
+    for wrong, message in (
+            (not mode, f"--mode is missing: {', '.join(xpe.KINDS)}"),
+            (source and (source.meta["kind"] != mode or mode == "full"),
+             f"--adapt {args.adapt}: a {source and source.meta['kind']} run cannot be adapted as {mode}"),
+            (args.ratio is not None and (mode != "dual" or source),
+             f"--ratio {args.ratio}: goes with --mode dual, and not with --adapt"),
+            (mode == "dual" and not 0 < ratio < 1,
+             f"--ratio {ratio}: a share between 0 and 1 (prompt.ratio)"),
+            (args.steps is not None and args.steps < 1, f"--steps {args.steps}: at least 1"),
+            (source and not args.group and not args.languages,
+             "--adapt needs its target languages: --group NAME or --languages CODES")):
+        if wrong:
+            raise ValueError(message)
+    group = args.group or config["sources"]
     if args.languages:
         languages = args.languages.split(",")
         group = "+".join(languages) if len(languages) < 4 else f"{len(languages)}-languages"
-    elif not group:
-        raise ValueError("--adapt needs its target languages: --group NAME or --languages CODES")
     elif group not in config["groups"]:
         raise ValueError(f"no group {group!r} in {args.sources}{nearest(group, config['groups'])}")
     else:
@@ -534,9 +533,9 @@ def plan(args):
         if not (folder / c / "test.tsv").is_file():
             raise FileNotFoundError(f"{folder / c}: no test.tsv to score afterwards; without scoring: "
                                     f"--set evaluate.after_training=false")
-    data = {"name": config["data"]["name"], "revision": revision}
-    return SimpleNamespace(config=config, cfg=cfg, source=source, group=group, languages=languages,
-                           corpus=corpus, data=data)
+    return SimpleNamespace(config=config, cfg=settings_for(config, mode, source, args.steps), source=source,
+                           group=group, languages=languages, corpus=corpus,
+                           data={"name": config["data"]["name"], "revision": revision})
 
 
 def make_learners(job, args, tokenizer, identity):
@@ -548,28 +547,26 @@ def make_learners(job, args, tokenizer, identity):
     tasks = [Task(job.corpus, x, tokenizer, max_length, cfg["class_weights"] == "balanced") for x in each]
     versions = {"python": platform.python_version(), "torch": torch.__version__,
                 "transformers": transformers.__version__}
+    label = f"dual{round(100 * prompt['ratio'])}" if cfg["mode"] == "dual" else cfg["mode"]
+    if cfg["mode"] in ("dual", "xpe") and prompt["encoder"] != "mlp":
+        label += f"-{prompt['encoder']}"
+    settings = cfg | {"backbone": identity["fingerprint"], "reads": reads, "max_length": max_length}
+    if source:
+        settings["source"] = source.name
+    elif cfg["mode"] != "full":
+        settings |= {f"prompt.{key}": value for key, value in prompt.items()}
     learners = []
     for seed in parse_seeds(args.seeds or str(source.meta.get("seed", 11) if source else 11)):
         for task in tasks:
-            settings = cfg | {"data": task.fingerprint, "backbone": identity["fingerprint"], "reads": reads,
-                              "max_length": max_length}
+            name, sources = f"{label}-{job.group}-s{seed}", {"sources": job.languages}
             if source:
-                settings["source"] = source.name
-            elif cfg["mode"] != "full":
-                settings |= {f"prompt.{key}": value for key, value in prompt.items()}
-            meta = {"kind": cfg["mode"], "backbone": identity, "tokenizer": tokenizer_fingerprint(tokenizer),
-                    "reads": reads, "labels": list(job.corpus.labels), "max_length": max_length,
-                    "sources": job.languages, "seed": seed,
-                    "data": job.data | {"fingerprint": task.fingerprint},
-                    "training": {"settings": settings, "versions": versions}}
-            label = f"dual{round(100 * prompt['ratio'])}" if cfg["mode"] == "dual" else cfg["mode"]
-            if cfg["mode"] in ("dual", "xpe") and prompt["encoder"] != "mlp":
-                label += f"-{prompt['encoder']}"
-            name = f"{label}-{job.group}-s{seed}"
-            if source:
-                meta |= {"sources": source.sources, "adapted_from": source.name,
-                         "adapted_to": task.languages[0]}
                 name = f"{source.name}-to-{task.languages[0]}-s{seed}"
+                sources = {"sources": source.sources, "adapted_from": source.name,
+                           "adapted_to": task.languages[0]}
+            meta = {"kind": cfg["mode"], "backbone": identity, "tokenizer": tokenizer_fingerprint(tokenizer),
+                    "reads": reads, "labels": list(job.corpus.labels), "max_length": max_length, **sources,
+                    "seed": seed, "data": job.data | {"fingerprint": task.fingerprint},
+                    "training": {"settings": settings | {"data": task.fingerprint}, "versions": versions}}
             learners.append(Learner(Path(args.out) / name, seed, task, meta))
     return learners
 
@@ -600,21 +597,50 @@ def unfinished(learners):
     """Those of a pass that have yet to train; says which have ended, and clears away debris."""
     todo = []
     for learner in learners:
-        lost, stale = learner.folder / "diverged.txt", [*learner.folder.glob(".*.????????")]
-        if learner.finished:
-            print(f"{learner.folder}: finished already")
-        elif lost.is_file():
-            print(f"{learner.folder}: {lost.read_text().strip()}; remove the folder to try again")
+        lost, debris = learner.folder / "diverged.txt", [*learner.folder.glob(".*.????????")]
+        if learner.finished or lost.is_file():
+            failed = lost.is_file() and f"{lost.read_text().strip()}; remove the folder to try again"
+            print(f"{learner.folder}: {failed or 'finished already'}")
+            debris += learner.folder.glob("checkpoint-*.pt")
         else:
             todo.append(learner)
-        if learner not in todo:
-            stale += learner.folder.glob("checkpoint-*.pt")
-        for file in stale:          # what a killed process was about to rename or to remove
+        for file in debris:         # what a killed process was about to rename or to remove
             file.unlink()
+    new = [x.folder.name for x in todo if not x.folder.exists()]
+    if new and any(len(checkpoint_steps(x)) > 1 for x in todo):
+        raise ValueError(f"--resume: {', '.join(new)} would begin where others go on: run them apart")
     return todo
 
 
-def main(argv=None):
+def run_pass(learners, job, backbone, tokenizer, device, args, quiet):
+    """Train some learners in one pass; False if the user interrupted it."""
+    cfg, pad_id = job.cfg, tokenizer.pad_token_id or 0
+    model = make_model(job, learners, backbone)
+    model.check_length(max(len(ids) for x in learners for split in x.task.ids.values() for ids in split))
+    autocast = place(model, device, cfg["amp"], cfg["frozen_weights"])
+    by_length = sorted(learners[0].task.ids["train"], key=len)
+    ends = [by_length[0], by_length[-1]]
+    if ends[0] is not ends[1] and torch.equal(*predict(model, ends, pad_id, autocast=autocast)):
+        raise ValueError("the head sees nothing of the text: a decoder needs --set prompt.reads=last")
+    count = sum(p.numel() for g in parameter_groups(model, cfg) for p in g["params"]) // len(learners)
+    for learner in learners:
+        learner.meta["training"]["trainable"] = count
+        learner.folder.mkdir(parents=True, exist_ok=True)
+        if checkpoint_steps(learner) == {0}:        # else it goes on, and only with the same settings
+            text = yaml.safe_dump(job.config, sort_keys=False, allow_unicode=True, width=110)
+            xpe.write_atomic(learner.folder / "config.yaml", text.encode())
+    print(f"{cfg['mode']}: {len(learners)} x {count:,} trainable numbers; {len(by_length):,} sentences of "
+          f"{job.group}; {device.type}, {cfg['amp']}", flush=True)
+    try:
+        return train(learners, model, autocast, cfg, pad_id, device, args.resume, quiet)
+    except RuntimeError as e:
+        if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
+            raise
+        raise ValueError(f"out of memory with {len(learners)} learners of {cfg['batch_size']} sentences: "
+                         f"lower train.learners_at_once, train.batch_size or evaluate.tokens") from None
+
+
+def arguments(argv):
     """The command line."""
     parser = argparse.ArgumentParser(description="Train soft prompts, the backbone frozen.")
     parser.add_argument("--mode", choices=xpe.KINDS, help="spt, xpe, dual, or the baselines head and full")
@@ -631,9 +657,13 @@ def main(argv=None):
     parser.add_argument("--resume", action="store_true", help="go on with runs that were interrupted")
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help="any setting")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: auto)")
-    args = parser.parse_args(argv)
-    rank, local, world = (int(os.environ.get(x) or 0) for x in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    return parser.parse_args(argv)
 
+
+def main(argv=None):
+    """Plan, train pass by pass, score -> exit status."""
+    args = arguments(argv)
+    rank, local, world = (int(os.environ.get(x) or 0) for x in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     job = plan(args)
     cfg, source, b = job.cfg, job.source, job.config["backbone"]
     backbone, tokenizer, identity = load_backbone(b["name"], b["revision"], b["attention"],
@@ -647,66 +677,34 @@ def main(argv=None):
             raise FileExistsError(f"{learner.folder} exists: --resume goes on, --out starts elsewhere")
         if learner.finished:
             learner.check(learner.finished.get("settings") or {}, learner.folder / "prompt.json")
-    gpu = args.device == "auto" and torch.cuda.is_available()
-    device = pick_device(f"cuda:{local}" if gpu else args.device)
+    on_gpu = args.device == "auto" and torch.cuda.is_available()
+    device = pick_device(f"cuda:{local}" if on_gpu else args.device)
     size = 1 if cfg["mode"] == "full" else cfg["learners_at_once"]
     # a pass has equal blocks of rows, so its learners have equally many sentences
-    sizes = dict.fromkeys(len(x.task.lengths) for x in learners)
-    passes = [[x for x in learners if len(x.task.lengths) == n] for n in sizes]
-    passes = [some[i:i + size] for some in passes for i in range(0, len(some), size)]
+    alike = [[x for x in learners if len(x.task.lengths) == n]
+             for n in dict.fromkeys(len(x.task.lengths) for x in learners)]
     fresh = {k: v.clone() for k, v in backbone.state_dict().items()} if cfg["mode"] == "full" else None
-    for todo in passes:
-        todo = unfinished(todo)
-        if not todo:
-            continue
-        new = [x.folder.name for x in todo if not x.folder.exists()]
-        if new and any(len(checkpoint_steps(x)) > 1 for x in todo):
-            raise ValueError(f"--resume: {', '.join(new)} would begin where others go on: run them apart")
+    for todo in (unfinished(some[i:i + size]) for some in alike for i in range(0, len(some), size)):
         if fresh:
             backbone.float().load_state_dict(fresh)
-        model = make_model(job, todo, backbone)
-        model.check_length(max(len(ids) for x in todo for split in x.task.ids.values() for ids in split))
-        autocast = place(model, device, cfg["amp"], cfg["frozen_weights"])
-        pad_id, ends = tokenizer.pad_token_id or 0, sorted(todo[0].task.ids["train"], key=len)
-        if len(ends) > 1 and torch.equal(*predict(model, [ends[0], ends[-1]], pad_id, autocast=autocast)):
-            raise ValueError("the head sees nothing of the text: a decoder needs --set prompt.reads=last")
-        count = sum(p.numel() for g in parameter_groups(model, cfg) for p in g["params"]) // len(todo)
-        for learner in todo:
-            learner.meta["training"]["trainable"] = count
-            learner.folder.mkdir(parents=True, exist_ok=True)
-            text = yaml.safe_dump(job.config, sort_keys=False, allow_unicode=True, width=110)
-            if checkpoint_steps(learner) == {0}:        # else it goes on, and only with the same settings
-                xpe.write_atomic(learner.folder / "config.yaml", text.encode())
-        n = len(todo[0].task.lengths)
-        print(f"{cfg['mode']}: {len(todo)} x {count:,} trainable numbers; {n:,} sentences of {job.group}; "
-              f"{device.type}, {cfg['amp']}", flush=True)
-        try:
-            done = train(todo, model, autocast, cfg, pad_id, device, args.resume, quiet=rank > 0)
-        except RuntimeError as e:
-            if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
-                raise
-            raise ValueError(f"out of memory with {len(todo)} learners of {cfg['batch_size']} sentences: "
-                             f"lower train.learners_at_once, train.batch_size or evaluate.tokens") from None
-        if not done:
+        if todo and not run_pass(todo, job, backbone, tokenizer, device, args, quiet=rank > 0):
             again = shlex.join(sys.argv + ["--resume"] * (not args.resume))
             print(f"interrupted; go on with: python {again}")
             return 130
     good = [x for x in learners if x.finished]
     if job.config["evaluate"]["after_training"] and good:
         runs = [Run(x.folder, args.backbone, args.data, b["trust_remote_code"]) for x in good]
-        if source:
-            before = score([source], "test", [job.languages], device)[source.name][0]
-            before = {row["language"]: row["accuracy"] for row in before}
-        after = report_scores(runs, "test", None, device, show=not source)
-        if source:
-            print(f"{'accuracy %':<40} zero-shot  adapted")
-            for run, (row, *_) in zip(runs, after):
-                print(f"{run.name:<40} {before[row['language']]:9.1f} {row['accuracy']:8.1f}")
+        before = score([source], "test", [job.languages], device)[source.name][0] if source else ()
+        before = {row["language"]: row["accuracy"] for row in before}
+        for run, (row, *_) in zip(runs, report_scores(runs, "test", None, device, show=not source)):
+            if source:
+                print(f"{run.name}: zero-shot {before[row['language']]:.1f} %, "
+                      f"adapted {row['accuracy']:.1f} % on {row['language']}")
     if good and rank == 0:
         print(f"next:\n  python evaluate.py {good[0].folder} --text \"Your sentence\"\n"
               f"  python evaluate.py {args.out}/* --report")
-    return 0 if len(good) == len(learners) and not any(
-        x.finished["stopped"].startswith("diverged") for x in good) else 2
+    diverged = [x for x in good if x.finished["stopped"].startswith("diverged")]
+    return 0 if len(good) == len(learners) and not diverged else 2
 
 
 if __name__ == "__main__":
