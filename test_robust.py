@@ -7,6 +7,8 @@ import contextlib
 import json
 import os
 import random
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -1152,3 +1154,47 @@ def test_processes_that_share_the_seeds_do_not_refuse_each_others_folders(world,
             monkeypatch.setenv(name, value)
         assert train.main(command(world, tmp_path / "runs", "--steps", "2", "--seeds", "11-13")) == 0
     assert sorted(f.name for f in (tmp_path / "runs").iterdir()) == [f"xpe-two-s{n}" for n in (11, 12, 13)]
+
+
+@pytest.mark.skipif(not shutil.which("torchrun", path=str(Path(sys.executable).parent)), reason="no torchrun")
+def test_a_process_that_dies_under_torchrun_costs_nothing(world, tmp_path):
+    """Catches a job that goes on without the dead process's learners, siblings without a checkpoint, a command
+    to go on with that deals the learners otherwise."""
+    args = command(world, tmp_path / "often", "--seeds", "11-14", "--steps", "300", "--set", "train.evaluate_every=20",
+                   "--set", "train.checkpoint_every=20")
+    job = [str(Path(sys.executable).parent / "torchrun"), "--nproc_per_node=2", str(HERE / "train.py"), *args]
+    env = dict(os.environ, OMP_NUM_THREADS="1")
+    with subprocess.Popen(job, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env) as p:
+        deadline = time.time() + 120
+        while len(list((tmp_path / "often").glob("*/checkpoint-*.pt"))) < 4 and time.time() < deadline:
+            time.sleep(0.1)
+        children = Path(f"/proc/{p.pid}/task/{p.pid}/children")
+        if not children.is_file():
+            p.kill()
+            pytest.skip("this system does not list a process's children")
+        os.kill(int(children.read_text().split()[-1]), signal.SIGKILL)
+        log = p.communicate(timeout=120)[0]
+    assert p.returncode != 0 and "exitcode  : -9" in log
+    assert len(list((tmp_path / "often").glob("*/checkpoint-*.pt"))) == 4
+    again = re.search(r"interrupted; go on with: (torchrun --nproc_per_node=2 .* --resume)\n", log)[1]
+    done = subprocess.run([str(Path(sys.executable).parent / "torchrun"), *shlex.split(again)[1:]], env=env,
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    for rank in range(2):       # what each process trains is what one process trains with these seeds
+        seeds = f"{11 + rank},{13 + rank}"
+        train.main([*args, "--seeds", seeds, "--out", str(tmp_path / "once")])
+    assert bits(tmp_path / "often") == bits(tmp_path / "once")
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to ...")])
+def test_too_many_learners_at_once_say_which_setting_to_lower(world, tmp_path, monkeypatch, error):
+    """Catches a traceback when memory runs out; a run that cannot go on after the setting was lowered."""
+    with monkeypatch.context() as patch:
+        patch.setattr(xpe.ClassificationHead, "forward", lambda self, x: (_ for _ in ()).throw(error)
+                      if self.training else torch.randn(len(x), x.shape[1], self.config["classes"]))
+        with pytest.raises(ValueError, match="out of memory with 3 learners of 4 sentences: lower train.learners_at"):
+            train.main(command(world, tmp_path / "runs"))
+    at_step(monkeypatch, {10: signal.SIGINT})
+    assert train.main(command(world, tmp_path / "runs", "--resume")) == 130             # three again, then two
+    assert train.main(command(world, tmp_path / "runs", "--resume", "--set", "train.learners_at_once=2")) == 0

@@ -171,9 +171,9 @@ class Learner:
             return {}
 
     def check(self, settings, path):
-        """Raise ValueError if `settings`, found at `path`, are not those of this run."""
+        """Raise ValueError if `settings`, found at `path`, are not those of this run, memory's aside."""
         for key, mine in self.meta["training"]["settings"].items():
-            if settings.get(key) != mine:
+            if settings.get(key) != mine and key not in ("learners_at_once", "tokens"):
                 raise ValueError(f"{path}: {key} was {settings.get(key)!r}, not {mine!r}: --resume goes on "
                                  f"with the same settings only")
 
@@ -688,8 +688,8 @@ def main(argv=None):
         if fresh:
             backbone.float().load_state_dict(fresh)
         if todo and not run_pass(todo, job, backbone, tokenizer, device, args, quiet=rank > 0):
-            again = shlex.join(sys.argv + ["--resume"] * (not args.resume))
-            print(f"interrupted; go on with: python {again}")
+            by = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE')}" if world else "python"
+            print(f"interrupted; go on with: {by} {shlex.join(sys.argv + ['--resume'] * (not args.resume))}")
             return 130
     good = [x for x in learners if x.finished]
     if job.config["evaluate"]["after_training"] and good:
