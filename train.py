@@ -407,7 +407,7 @@ def train(learners, model, autocast, cfg, pad_id, device, resume=False, quiet=Fa
                 optimizer.loss.zero_()
                 waken(model, cfg)
                 dev, best = (np.mean([x.state[key] for x in learners]) for key in ("dev", "best"))
-                bar.set_postfix_str(f"dev accuracy {dev:.1f}, best {best:.1f}")
+                bar.set_postfix_str(f"loss {train_loss.mean():.3f}, dev accuracy {dev:.1f}, best {best:.1f}")
                 if not quiet and step * 8 // steps > (step - every) * 8 // steps:     # a few lines that stay
                     tqdm.write(f"step {step:>6,} of {steps:,}: dev accuracy {dev:.1f}, best {best:.1f}")
                 for x in learners:
