@@ -89,6 +89,30 @@ def test_adapted_runs_stand_beside_their_source_run(tmp_path, capsys):
     assert "|xpe|enarzho|1|mri_Latn|25.0|75.0|50.0|" in capsys.readouterr().out.replace(" ", "")
 
 
+def test_adapted_runs_are_averaged_by_seed_and_what_lacks_is_said(tmp_path, capsys):
+    """Would catch: languages counted as seeds, a language that one seed lacks averaged over silently."""
+    right = {1: {"mri_Latn": 1, "hat_Latn": 3}, 2: {"mri_Latn": 2}}
+    folders = [write_run(tmp_path, "xpe", s, {c: [(i, 0) for i in range(4)] for c in TARGETS}) for s in right]
+    folders += [write_run(tmp_path, "xpe", s, {c: [(i, int(i < n)) for i in range(4)]}, adapted_to=c,
+                          adapted_from=f"xpe-s{s}") for s, x in right.items() for c, n in x.items()]
+    run(folders)
+    said = capsys.readouterr()
+    assert "|xpe|enarzho|2|hat_Latnmri_Latn|0.0±0.0|50.0±0.0|50.0±0.0|" in said.out.replace(" ", "")
+    assert "xpe enarzho: missing although other runs have them: seeds 2 hat_Latn" in said.err
+
+
+def test_sources_that_shrink_a_group_are_said_once(tmp_path, capsys):
+    """Would catch: a column whose title promises more languages than its figure has."""
+    data = {c: [(0, 1)] for c in TARGETS}
+    folders = [write_run(tmp_path, "xpe", s, data) for s in (1, 2)]
+    for folder in folders:
+        text = (folder / "prompt.json").read_text().replace(json.dumps(SOURCES), json.dumps(TARGETS[1:]))
+        (folder / "prompt.json").write_text(text)
+    run(folders)
+    line = "xpe hat_Latn+ltz_Latn: languages left without its own sources: Here 1 of 3\n"
+    assert capsys.readouterr().err.count(line) == 1
+
+
 def test_what_is_missing_is_said(tmp_path, capsys):
     """Would catch: a missing seed, language or score passed over; scores that do not fit together."""
     full, part = planted(1, 0.1), {c: x for c, x in planted(2, 0.1).items() if c != "hat_Latn"}
@@ -102,9 +126,12 @@ def test_what_is_missing_is_said(tmp_path, capsys):
     other = write_run(tmp_path / "b", "spt", 1, {"mri_Latn": [(7, 1)]})
     table = (broken := write_run(tmp_path / "c", "spt", 3, full)) / "test.csv"
     table.write_text(table.read_text().replace("mri_Latn,40,", "mri_Latn,40,1"))
+    ((damaged := write_run(tmp_path / "d", "spt", 4, full)) / "prompt.json").write_text('{"kind": "spt"}')
     for message, runs, more in (
             ("none of these runs is scored", [unscored], {}), ("needs --compare", folders, {"plot": "x.png"}),
             ("mean hat_Latn", folders, {"leave_out": "hat_Lat"}), ("test.csv: disagrees", [broken], {}),
-            ("other sentences", [folders[2], other], {}), ("one of spt-", folders, {"compare": "ab"})):
+            ("other sentences", [folders[2], other], {}), ("not as evaluate", [damaged], {}),
+            ("stands twice", [folders[0], write_run(tmp_path / "e", "spt", 1, full)], {}),
+            ("one of spt-", folders, {"compare": "ab"})):
         with pytest.raises(ValueError, match=message):
             run(runs, **more)
