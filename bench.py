@@ -7,7 +7,7 @@ token ids are random, which changes no speed.
     floor x K   the same backbone over as many rows and tokens, forward and backward to one leaf tensor of
                 prompt rows: no padding, mask, encoder, head, optimizer
     toolkit     micm-nlp, the authors' library, on transformers' Trainer: Adafactor, group_by_length, no logs
-    evaluation  evaluate.py's `predict`, and its floor: forward only
+    evaluation  evaluate.py's `predict`, and its floor: forward only (on a CPU some batches of it)
 
     python bench.py --size large --data Davlan/sib200 --tokenizer FacebookAI/xlm-roberta-large
 """
@@ -84,7 +84,7 @@ def toolkit(sizes, ids, labels, cfg, device, tokenizer):
         with redirect_stdout(None), tempfile.TemporaryDirectory() as folder:
             arguments = transformers.TrainingArguments(
                 folder, max_steps=steps, per_device_train_batch_size=cfg["batch_size"], optim="adafactor",
-                train_sampling_strategy="group_by_length", bf16=cfg["amp"] == "bf16", report_to="none",
+                train_sampling_strategy="sequential", bf16=cfg["amp"] == "bf16", report_to="none",
                 use_cpu=device.type == "cpu", save_strategy="no", logging_strategy="no", disable_tqdm=True)
             return transformers.Trainer(model, arguments, collator, rows).train().metrics["train_runtime"]
     return model, run
@@ -110,9 +110,9 @@ def contenders(args, config, device, lengths, tests):
         intermediate_size=4 * H, max_position_embeddings=514, type_vocab_size=1, num_labels=CLASSES)
     backbone = transformers.AutoModel.from_config(sizes, attn_implementation=args.attention)
     backbone.pooler = None
-    cfg = train.settings_for(config, "xpe", None, None)
+    cfg = train.settings_for(config, "xpe", None, None) | {"amp": args.amp}
     rng, B, out = np.random.default_rng(0), cfg["batch_size"], {}
-    ids, texts = ([rng.integers(5, vocabulary, n).tolist() for n in some] for some in (lengths, tests))
+    ids = [rng.integers(5, vocabulary, n).tolist() for n in lengths]
     labels = rng.integers(0, CLASSES, len(ids))
 
     def enter(name, of, run, module, lengths, batches):
@@ -130,13 +130,15 @@ def contenders(args, config, device, lengths, tests):
         bare = floor(backbone, autocast, lengths, batches, device)
         enter(f"ours x {K}", f"floor x {K}", run, model, lengths, batches)
         enter(f"floor x {K}", "", bare, backbone, lengths, batches)
-        if K == 1 and find_spec("micm_nlp"):
-            own = np.concatenate(batches)
-            peer, run = toolkit(sizes, [ids[i] for i in own], labels[own], cfg, device, args.tokenizer)
-            own = own[grouped(lengths[own].tolist(), B)]
-            batches = [own[i:i + B] for i in range(0, len(own), B)]
-            enter("toolkit", "floor x 1", run, peer, lengths, batches)
+        if K == 1 and find_spec("micm_nlp"):        # as many batches of the Trainer's own order of an epoch
+            order = np.array(grouped(lengths.tolist(), B))
+            own = [order[i:i + B] for i in range(0, len(order), B)][::len(lengths) // B // len(batches)]
+            rows = np.concatenate(own[:len(batches)])
+            peer, run = toolkit(sizes, [ids[i] for i in rows], labels[rows], cfg, device, args.tokenizer)
+            enter("toolkit", "floor x 1", run, peer, lengths, own[:len(batches)])
     batches = token_batches(tests, cfg["tokens"], P)
+    batches = batches if device.type == "cuda" else batches[len(batches) // 24::-(-len(batches) // 12)]
+    texts = [rng.integers(5, vocabulary, n).tolist() for n in tests[np.concatenate(batches)]]
     bare = floor(backbone, autocast, tests, batches, device, backward=False)
     enter("evaluation", "its floor", lambda steps: predict(model, texts, PAD, None, cfg["tokens"], autocast),
           model, tests, batches)
@@ -155,6 +157,8 @@ def main(argv=None):
     """The command line, the table."""
     parser = argparse.ArgumentParser(description="Speed beside the bare backbone and the authors' toolkit.")
     parser.add_argument("--size", choices=SIZES, default="tiny")
+    parser.add_argument("--device", default="auto", help="cpu, cuda (default: auto)")
+    parser.add_argument("--amp", choices=("bf16", "off"), default="bf16")
     parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa", help="not the toolkit's")
     parser.add_argument("--data", default=str(HERE / "sample" / "sib200"), help="a corpus, as for train.py")
     parser.add_argument("--tokenizer", default=str(HERE / "sample" / "backbone"), help="a folder or hub name")
@@ -162,13 +166,12 @@ def main(argv=None):
     parser.add_argument("--steps", type=int, default=0, help="K x steps of one turn (default: an epoch)")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each; medians are printed")
     args = parser.parse_args(argv)
-    config, device = load_config(), pick_device()
+    config, device = load_config(), pick_device(args.device)
     gpu = device.type == "cuda"
     machine = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{args.size}, {args.attention}; {machine}; torch {torch.__version__}, "
+    print(f"{args.size}, {args.amp}, {args.attention}; {machine}; torch {torch.__version__}, "
           f"transformers {transformers.__version__}")
     lengths, tests = sentence_lengths(args, config)
-    tests = tests if gpu else tests[::-(-len(tests) // 4000)]       # on a CPU some 4,000 of them
     table = contenders(args, config, device, lengths, tests)
     for turn in range(args.repeats + 1):            # the first is the warm-up
         for x in table.values():
