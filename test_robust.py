@@ -339,7 +339,7 @@ def test_fp16_overflow_halves_the_scale_and_stops_nobody(world, tmp_path, monkey
 @pytest.mark.parametrize("split, content, error", [
     ("dev", None, r"bbb_Latn/dev.tsv: no such split; bbb_Latn has test.tsv, train.tsv"),
     ("dev", "index_id\tcategory\ttext\n", r"bbb_Latn/dev.tsv: no sentence in this split"),
-    ("dev", "", r"bbb_Latn/dev.tsv: empty file"), ("train", None, r"bbb_Latn/train.tsv: no such split")])
+    ("dev", "", r"bbb_Latn/dev.tsv:0: the header must name"), ("train", None, r"bbb_Latn/train.tsv: no such split")])
 def test_a_split_that_is_missing_or_empty_is_told_before_anything_is_written(split, content, error, world, tmp_path):
     """Catches a run that trains for hours and then has nothing to choose the best step by."""
     shutil.copytree(world / "data", tmp_path / "data")
