@@ -25,6 +25,7 @@ import torch
 # The order of SIB-200's labels.txt. Any other, the alphabetical one say, silently permutes the head.
 LABELS = ("science/technology", "travel", "politics", "sports", "health", "entertainment", "geography")
 SPLITS = ("train", "dev", "test")
+HUB_TIMEOUT = 30        # seconds without a byte of answer
 # One row. index_id is the same in all languages, label counts from 0 in the corpus's order of labels.
 Sentence = namedtuple("Sentence", "index_id label text")
 
@@ -145,6 +146,12 @@ def verify(folder):
             raise ConnectionError("a file came with another content than announced; it is removed")
 
 
+def bound(request):
+    """The hub's client calls its API without a timeout: a server that never answers would hang us."""
+    limits = request.extensions["timeout"]
+    request.extensions["timeout"] = {k: HUB_TIMEOUT if v is None else v for k, v in limits.items()}
+
+
 def download(name, revision, kind, patterns):
     """Fetch what matches `patterns` of a hub repository in one snapshot -> folder, named after the commit.
 
@@ -154,6 +161,9 @@ def download(name, revision, kind, patterns):
     import huggingface_hub
     for wait in (1, 4, 16, None):
         try:
+            hooks = getattr(huggingface_hub.get_session(), "event_hooks", {}).get("request", [])
+            if bound not in hooks:      # each time, for the client opens a new session after some errors
+                hooks.append(bound)
             folder = Path(huggingface_hub.snapshot_download(
                 name, repo_type=kind, revision=revision, max_workers=4, allow_patterns=patterns))
             verify(folder)
