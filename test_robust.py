@@ -341,7 +341,7 @@ def test_fp16_overflow_halves_the_scale_and_stops_nobody(world, tmp_path, monkey
 @pytest.mark.parametrize("split, content, error", [
     ("dev", None, r"bbb_Latn/dev.tsv: no such split; bbb_Latn has test.tsv, train.tsv"),
     ("dev", "index_id\tcategory\ttext\n", r"bbb_Latn/dev.tsv: no sentence in this split"),
-    ("dev", "", r"bbb_Latn/dev.tsv: empty file"), ("train", None, r"bbb_Latn/train.tsv: no such split")])
+    ("dev", "", r"bbb_Latn/dev.tsv:0: the header must name"), ("train", None, r"bbb_Latn/train.tsv: no such split")])
 def test_a_split_that_is_missing_or_empty_is_told_before_anything_is_written(split, content, error, world, tmp_path):
     """Catches a run that trains for hours and then has nothing to choose the best step by."""
     shutil.copytree(world / "data", tmp_path / "data")
@@ -919,7 +919,8 @@ def make_hub(root):
 
     ok, slow; drop: each file breaks off half-way once; busy: each path answers 429 once; short, altered: the
     content is cut, or changed at equal size (altered-once: only at the first time); locked 401 gated, denied 403,
-    gone 404, broken 500; partly: files of the third language are never served; dead: a connection that ends.
+    gone 404, broken 500; partly: files of the third language are never served; dead: a connection that ends;
+    silent: nothing is ever answered, mute: only the list of files is not, stall: files stop half-way for good.
     """
     import hashlib
     import http.server
@@ -958,6 +959,8 @@ def make_hub(root):
                       "broken": (500, "")}
             if how == "dead":
                 return self.close()
+            if self.server.silent or how == "silent" or (how == "mute" and api and rest[:1] == ["tree"]):
+                return self.hold()
             if how in refuse:
                 return self.answer(refuse[how][0], b"{}", X_Error_Code=refuse[how][1], X_Error_Message=f"{how} by the test")
             if how == "busy" and first:
@@ -992,10 +995,15 @@ def make_hub(root):
                     start = int(start.partition("=")[2].partition("-")[0])
                     return self.answer(206, content[start:], **head,
                                        Content_Range=f"bytes {start}-{len(content) - 1}/{len(content)}")
-                if how == "drop" and first:
+                if how == "stall" or (how == "drop" and first):
                     self.answer(200, content[:len(content) // 2], length=len(content), **head)
-                    return self.close()
+                    return self.hold() if how == "stall" else self.close()
             self.answer(200, content, **head)
+
+        def hold(self):
+            time.sleep(30)      # whoever waits that long is told otherwise
+            with contextlib.suppress(OSError):
+                self.close()
 
         def close(self):
             import socket
@@ -1004,7 +1012,7 @@ def make_hub(root):
             self.connection.shutdown(socket.SHUT_RDWR)
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.daemon_threads, server.seen, server.count = True, [], set()
+    server.daemon_threads, server.silent, server.seen, server.count = True, False, [], set()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return server
 
@@ -1023,6 +1031,7 @@ slept = []
 time.sleep = slept.append
 import atexit
 huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT = huggingface_hub.constants.HF_HUB_ETAG_TIMEOUT = 2
+data.HUB_TIMEOUT = 0.5
 """
 
 
@@ -1063,15 +1072,28 @@ def test_a_run_from_the_hub_is_the_run_from_disk(how, world, tmp_path, forge, hu
 @pytest.mark.parametrize("data, words", [
     ("locked", ["locked/sib", "hf auth login"]), ("denied", ["denied/sib", "hf auth login"]), ("gone", ["gone/sib"]),
     ("broken", ["broken/sib"]), ("dead", ["dead/sib"]), ("short", ["short/sib"]), ("altered", ["altered/sib"]),
-    ("partly", ["partly/sib"])])
+    ("partly", ["partly/sib"]), ("silent", ["silent/sib", "timed out"]), ("mute", ["mute/sib", "timed out"]),
+    ("stall", ["stall/sib", "timed out"])])
 def test_a_dataset_that_cannot_be_had_is_told_in_one_line(data, words, world, tmp_path, forge, hub):
-    """Catches a traceback, endless retries, and a broken or partial download taken for a good one, now or next time."""
-    code, log = forge.run(from_hub(world, tmp_path / "runs", data, "ok"), QUICK)
+    """Catches a traceback, endless retries or silence, and a broken or partial download taken for a good one, now or later."""
+    hasty = "huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT = 0.05" if data == "stall" else ""
+    code, log = forge.run(from_hub(world, tmp_path / "runs", data, "ok"), QUICK + hasty)
     one_line(code, log, *words, "--data FOLDER")
     offline = QUICK + "huggingface_hub.constants.HF_HUB_OFFLINE = True"
     code, log = forge.run(from_hub(world, tmp_path / "runs", data, "ok"), offline)
     one_line(code, log, *words[:1])
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_hub_that_falls_silent_leaves_what_was_downloaded_in_use(world, tmp_path, forge, hub, monkeypatch):
+    """Catches a wait for ever, or an error, where a whole copy lies in the cache."""
+    args = from_hub(world, tmp_path / "once", "ok", "ok", "--backbone", world / "backbone")
+    assert forge.run(args, QUICK)[0] == 0
+    hub.seen.clear()
+    monkeypatch.setattr(hub, "silent", True)
+    code, log = forge.run([*args, "--out", tmp_path / "again"], QUICK)
+    assert code == 0 and hub.seen, log
+    assert bits(tmp_path / "once") == bits(tmp_path / "again")
 
 
 @pytest.mark.parametrize("backbone, words", [
