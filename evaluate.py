@@ -161,10 +161,16 @@ def load_backbone(name, revision="main", attention="sdpa", trust_remote_code=Fal
     transformers.logging.set_verbosity_error()      # it reports the unused language-model head at length
     transformers.logging.disable_progress_bar()
     folder = next((p for p in (Path(name).expanduser(), HERE / name) if p.is_dir()), None)
-    if folder is None and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
-        raise FileNotFoundError(f"backbone.name: no folder {name!r}")
-    where = dict(trust_remote_code=trust_remote_code) | ({} if folder else dict(revision=revision))
-    where["pretrained_model_name_or_path"] = str(folder.resolve()) if folder else name
+    commit = "local"
+    if folder is None:
+        if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
+            raise FileNotFoundError(f"backbone.name: no folder {name!r}")
+        small, weights = ["*.json", "*.txt", "*.model", "*.py"], ["*.safetensors"]
+        folder = download(name, revision, "model", small + weights)
+        if not any(folder.glob("*.safetensors")):       # an older repository; read with weights_only
+            folder = download(name, revision, "model", small + ["pytorch_model*.bin"])
+        commit = folder.name
+    where = dict(pretrained_model_name_or_path=str(folder.resolve()), trust_remote_code=trust_remote_code)
     new = tuple(int(x) for x in transformers.__version__.split(".")[:2]) >= (4, 56)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
@@ -172,13 +178,12 @@ def load_backbone(name, revision="main", attention="sdpa", trust_remote_code=Fal
         backbone, info = transformers.AutoModel.from_pretrained(
             **where, attn_implementation=attention, output_loading_info=True,
             **{"dtype" if new else "torch_dtype": torch.float32})
-    except Exception as e:      # transformers, the hub's client, safetensors and tokenizers raise their own
+    except Exception as e:      # transformers, safetensors and tokenizers raise their own
         line = (str(e).strip() or "no answer").splitlines()[0][:160]
         how = "its own code would run: read it, then say backbone.trust_remote_code=true" \
             if "trust_remote_code" in str(e) else \
             "it needs --set backbone.attention=eager" if "attention implementation" in str(e) else \
-            "check the folder" if folder else \
-            "offline? --backbone FOLDER takes a local one; private or gated? `hf auth login` first"
+            "check the folder"
         raise OSError(f"cannot load backbone {name!r}: {type(e).__name__}: {line} ({how})") from None
     missing = [k for k in info["missing_keys"] if "pooler" not in k]
     if missing:
@@ -188,11 +193,6 @@ def load_backbone(name, revision="main", attention="sdpa", trust_remote_code=Fal
     digest = hashlib.sha256()
     for key, p in backbone.named_parameters():
         digest.update(f"{key} {tuple(p.shape)}".encode() + p.detach().flatten()[:64].numpy().tobytes())
-    commit = "local"
-    if not folder:          # transformers 5 keeps it no more; the cache has it in the name of the snapshot
-        import huggingface_hub
-        config = huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision)
-        commit = Path(config).parent.name if isinstance(config, str) else revision
     return backbone, tokenizer, {"name": name, "revision": commit, "fingerprint": digest.hexdigest()[:16]}
 
 

@@ -1098,7 +1098,8 @@ def test_a_hub_that_falls_silent_leaves_what_was_downloaded_in_use(world, tmp_pa
 
 @pytest.mark.parametrize("backbone, words", [
     ("locked", ["hf auth login"]), ("denied", ["hf auth login"]), ("gone", ["gone/tiny"]), ("broken", ["broken/tiny"]),
-    ("dead", ["dead/tiny", "--backbone"]), ("short", ["short/tiny"])])
+    ("dead", ["dead/tiny", "--backbone"]), ("short", ["short/tiny"]), ("altered", ["altered/tiny"]),
+    ("silent", ["silent/tiny", "timed out"])])
 def test_a_backbone_that_cannot_be_had_is_told_in_one_line(backbone, words, world, tmp_path, forge, hub):
     """Catches a traceback, and a gated model that does not say how to log in."""
     code, log = forge.run(from_hub(world, tmp_path / "runs", "ok", backbone), QUICK)
