@@ -121,8 +121,8 @@ class Corpus:
         self.check([language])
         files, split = self._files[language], split.replace("validation", "dev")
         if split not in files:
-            has = ", ".join(path.name for path in files.values())
-            raise FileNotFoundError(f"{self.root / language / split}.tsv: no such split; {language} has {has}")
+            path, has = self.root / language / f"{split}.tsv", ", ".join(p.name for p in files.values())
+            raise FileNotFoundError(f"{path}: no such split; {language} has {has}")
         return read_tsv(files[split], self.labels)
 
 
@@ -195,8 +195,6 @@ def locate(name, revision="main"):
         raise FileNotFoundError(f"data.name: {str(name)!r} is neither a folder nor a dataset on the hub")
     return (folder / "data" if (folder / "data").is_dir() else folder), revision
 
-
-# ---- from texts to batches ---------------------------------------------------------------------------------
 
 def encode(texts, tokenizer, max_length):
     """Tokenize texts -> list of int32 arrays of token ids, special tokens included, cut at max_length."""
