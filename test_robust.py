@@ -188,6 +188,22 @@ def test_a_run_killed_at_any_write_goes_on_to_the_same_bits(world, tmp_path, mon
     assert killed >= 5
 
 
+def test_what_a_kill_leaves_of_a_write_is_cleared_away(world, tmp_path, monkeypatch):
+    """Catches a temporary file whose name the clean-up does not know: it would lie there for good."""
+    args, folder = command(world, tmp_path, "--seeds", "11", "--steps", "8"), tmp_path / "xpe-two-s11"
+    at_step(monkeypatch, {6: signal.SIGINT})
+    assert train.main(args) == 130
+    with monkeypatch.context() as patch:
+        def kill(*_, **__):
+            raise Killed
+        patch.setattr(os, "replace", kill), patch.setattr(Path, "unlink", kill)
+        with pytest.raises(Killed):
+            xpe.write_atomic(folder / "backbone.safetensors", b"half")
+    assert [f for f in folder.iterdir() if f.name.startswith(".")]
+    assert train.main([*args, "--resume"]) == 0
+    assert not [f for f in folder.iterdir() if f.name.startswith(".")]
+
+
 def test_an_existing_folder_is_not_started_over(world, tmp_path):
     """Catches a second start that overwrites a finished or interrupted run."""
     args = command(world, tmp_path / "runs", "--steps", "4")

@@ -345,7 +345,7 @@ def put(module, tensors):
 def write_atomic(path, data):
     """Write bytes (or call data(file)) so that `path` is the old file or the whole new one, come what may."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid():08}")       # train.py knows such names as debris
     try:
         with open(temporary, "wb") as f:
             data(f) if callable(data) else f.write(data)
