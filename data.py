@@ -134,7 +134,8 @@ def fingerprint(sentences):
 
 def verify(folder):
     """Compare the files of a snapshot with their hashes, which name them in the cache; the hub's client
-    compares sizes only. ConnectionError if one differs; it is removed, so that it is fetched anew."""
+    compares sizes only. ConnectionError if any differ; they are removed, so that they are fetched anew."""
+    damaged = 0
     for file in (f.resolve() for f in folder.rglob("*") if f.is_symlink()):
         git, large = len(file.name) == 40, len(file.name) == 64     # git's hash, or a large file's
         digest = hashlib.sha1(b"blob %d\0" % file.stat().st_size) if git else hashlib.sha256()
@@ -143,7 +144,9 @@ def verify(folder):
                 digest.update(block)
         if (git or large) and digest.hexdigest() != file.name:
             file.unlink()
-            raise ConnectionError("a file came with another content than announced; it is removed")
+            damaged += 1
+    if damaged:
+        raise ConnectionError(f"{damaged} files came with another content than announced; they are removed")
 
 
 def bound(request):
