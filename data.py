@@ -121,8 +121,8 @@ class Corpus:
         self.check([language])
         files, split = self._files[language], split.replace("validation", "dev")
         if split not in files:
-            has = ", ".join(path.name for path in files.values())
-            raise FileNotFoundError(f"{self.root / language / split}.tsv: no such split; {language} has {has}")
+            path, has = self.root / language / f"{split}.tsv", ", ".join(p.name for p in files.values())
+            raise FileNotFoundError(f"{path}: no such split; {language} has {has}")
         return read_tsv(files[split], self.labels)
 
 
@@ -134,7 +134,8 @@ def fingerprint(sentences):
 
 def verify(folder):
     """Compare the files of a snapshot with their hashes, which name them in the cache; the hub's client
-    compares sizes only. ConnectionError if one differs; it is removed, so that it is fetched anew."""
+    compares sizes only. ConnectionError if any differ; they are removed, so that they are fetched anew."""
+    damaged = 0
     for file in (f.resolve() for f in folder.rglob("*") if f.is_symlink()):
         git, large = len(file.name) == 40, len(file.name) == 64     # git's hash, or a large file's
         digest = hashlib.sha1(b"blob %d\0" % file.stat().st_size) if git else hashlib.sha256()
@@ -143,7 +144,9 @@ def verify(folder):
                 digest.update(block)
         if (git or large) and digest.hexdigest() != file.name:
             file.unlink()
-            raise ConnectionError("a file came with another content than announced; it is removed")
+            damaged += 1
+    if damaged:
+        raise ConnectionError(f"{damaged} files came with another content than announced; they are removed")
 
 
 def bound(request):
@@ -195,8 +198,6 @@ def locate(name, revision="main"):
         raise FileNotFoundError(f"data.name: {str(name)!r} is neither a folder nor a dataset on the hub")
     return (folder / "data" if (folder / "data").is_dir() else folder), revision
 
-
-# ---- from texts to batches ---------------------------------------------------------------------------------
 
 def encode(texts, tokenizer, max_length):
     """Tokenize texts -> list of int32 arrays of token ids, special tokens included, cut at max_length."""

@@ -15,7 +15,6 @@ one backbone. K = 1 is the plain case. In an attention mask 1 is a token and 0 i
 import json
 import os
 import re
-import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,9 +26,17 @@ ENCODERS = ("mlp", "lstm", "attention", "none")
 KINDS = ("spt", "xpe", "dual", "head", "full")
 READS = ("prompt", "first", "mean", "last")
 AS_BERT = ("bert", "camembert", "electra", "roberta", "xlm-roberta")
+SIZE = range(1, 1 << 16)
+ALLOWED = dict(width=SIZE, length=SIZE, classes=SIZE, hidden=range(1 << 16), heads=range(1 << 16),
+               layers=range(1, 65), encoder=ENCODERS, kind=KINDS, reads=READS, max_length=range(2, 1 << 20))
 
 
-# ---- layers with a leading K -------------------------------------------------------------------------------
+def check(section, values):
+    """ValueError for the first of the named `values` that is not ALLOWED."""
+    for name, value in values.items():
+        if isinstance(value, bool) or value not in ALLOWED.get(name, [value]):
+            raise ValueError(f"{section}{name} cannot be {value!r}, only {ALLOWED.get(name, 'a share')}")
+
 
 def _stackable(tensor):
     """A new parameter (1, ...): one slice of a stack of K."""
@@ -45,7 +52,7 @@ class Linears(nn.Module):
         self.weight, self.bias = _stackable(layer.weight), _stackable(layer.bias)  # (K, out, in), (K, out)
 
     def forward(self, x):
-        y = torch.baddbmm(self.bias[:, None].to(x.dtype), x.flatten(1, -2), self.weight.mT.to(x.dtype))
+        y = torch.baddbmm(self.bias[:, None], x.flatten(1, -2), self.weight.mT)
         return y.unflatten(1, x.shape[1:-1])
 
 
@@ -55,6 +62,8 @@ class Dropout(nn.Module):
 
     def __init__(self, p):
         super().__init__()
+        if not 0 <= p < 1:
+            raise ValueError(f"a dropout cannot be {p}, only a share below 1")
         self.p, self.generators = p, None
 
     def forward(self, x):
@@ -64,11 +73,9 @@ class Dropout(nn.Module):
         return torch.where(torch.stack(noise) < self.p, 0, x / (1 - self.p))
 
 
-# ---- the prompt encoders: (K, P, H) embeddings -> (K, rows, P, H) prompt rows ------------------------------
-
 class MLP(nn.Module):
     """paper: Linear(H, D) ReLU Dropout, (layers - 1) x [Linear(D, D) ReLU Dropout], Linear(D, H), one MLP for
-    all virtual tokens. "2 layers" are therefore three Linears."""
+    all virtual tokens. "2 layers" are therefore three Linears. Encoders: (K, 1, P, H) -> (K, rows, P, H)."""
 
     def __init__(self, n_in, hidden, n_out, layers, dropout):
         super().__init__()
@@ -77,39 +84,33 @@ class MLP(nn.Module):
         self.dropout = Dropout(dropout)
 
     def forward(self, x, rows):
-        # authors' code: the encoder runs on the prompt expanded to the batch, so each row has its own dropout
-        # mask. ours: the first layer comes before any dropout, is the same for every row, and runs once.
-        x = F.relu(self.linears[0](x))  # (K, P, D) or (K, rows, P, D)
-        if x.dim() == 3:
-            x = x[:, None].expand(-1, rows, -1, -1)  # (K, rows, P, D)
+        # authors' code: it runs on the prompt expanded to the batch, so each row has its own dropout mask.
+        # ours: the first layer comes before any dropout, is the same for every row, and runs once.
+        x = F.relu(self.linears[0](x)).expand(-1, rows, -1, -1)  # (K, rows, P, D)
         for linear in self.linears[1:-1]:
             x = F.relu(linear(self.dropout(x)))
         return self.linears[-1](self.dropout(x))  # (K, rows, P, H)
 
 
 class BiLSTM(nn.Module):
-    """authors' code: a bidirectional LSTM over the virtual tokens, then Linear(2D, D) ReLU Dropout
-    Linear(D, H)."""
+    """authors' code: a bidirectional LSTM over the rows, then Linear(2D, D) ReLU Dropout Linear(D, H)."""
 
     def __init__(self, n_in, hidden, n_out, layers, dropout):
         super().__init__()
-        self.hidden, self.depth = hidden, layers
-        for layer in range(layers):
-            lstm = nn.LSTM(n_in if layer == 0 else 2 * hidden, hidden, bidirectional=True)
-            for name, weight in lstm.named_parameters():
-                self.register_parameter(name.replace("l0", f"l{layer}"), _stackable(weight))
-        self.dropout, self.mlp = Dropout(dropout), MLP(2 * hidden, hidden, n_out, 1, dropout)
+        lstm = nn.LSTM(n_in, hidden, layers, bidirectional=True)
+        for name, weight in lstm.named_parameters():        # 8 for each layer
+            self.register_parameter(name, _stackable(weight))
+        self.hidden, self.dropout = hidden, Dropout(dropout)
+        self.mlp = MLP(2 * hidden, hidden, n_out, 1, dropout)
 
     def forward(self, x, rows):
-        x = x[:, None].expand(-1, rows, -1, -1)  # (K, rows, P, H)
-        zero = x.new_zeros(2, rows, self.hidden)
-        for layer in range(self.depth):
-            names = [f"{w}_l{layer}{d}" for d in ("", "_reverse")
-                     for w in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
+        x, zero = x.expand(-1, rows, -1, -1), x.new_zeros(2, rows, self.hidden)
+        weights = list(self.parameters(recurse=False))
+        for i in range(0, len(weights), 8):
+            x = self.dropout(x) if i else x  # (K, rows, P, H or 2D)
             with torch.autocast(x.device.type, enabled=False):      # there is no half LSTM on every device
-                x = torch.stack([torch.lstm(x[k], (zero, zero), [getattr(self, n)[k] for n in names],
+                x = torch.stack([torch.lstm(x[k], (zero, zero), [w[k] for w in weights[i:i + 8]],
                                             True, 1, 0.0, False, True, True)[0] for k in range(len(x))])
-            x = self.dropout(x) if layer + 1 < self.depth else x  # (K, rows, P, 2D)
         return self.mlp(x, rows)
 
 
@@ -129,65 +130,48 @@ class SelfAttention(nn.Module):
         self.dropout, self.mlp = Dropout(dropout), MLP(n_in, hidden, n_out, 1, 0.1)
 
     def forward(self, x, rows):
-        x = x[:, None]  # (K, 1, P, H)
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(2, 3) for t in self.qkv(x).chunk(3, -1))
-        a = self.merge(F.scaled_dot_product_attention(q, k, v).transpose(2, 3).flatten(-2))
-        x = x + self.dropout(a.expand(-1, rows, -1, -1))  # (K, rows, P, H)
-        x = F.layer_norm(x, x.shape[-1:])
+        a = self.merge(F.scaled_dot_product_attention(q, k, v).transpose(2, 3).flatten(-2))  # (K, 1, P, H)
+        x = F.layer_norm(x + self.dropout(a.expand(-1, rows, -1, -1)), x.shape[-1:])  # (K, rows, P, H)
         x = x * self.norm_weight[:, None, None] + self.norm_bias[:, None, None]
         return self.mlp(self.project(x), rows)
 
-
-class NoEncoder(nn.Module):
-    """The control: the encoded rows are used as they are."""
-
-    def __init__(self, *_):
-        super().__init__()
-
-    def forward(self, x, rows):
-        return x[:, None].expand(-1, rows, -1, -1)
-
-
-# ---- the method --------------------------------------------------------------------------------------------
 
 class SoftPrompt(nn.Module):
     """`length` prompt rows of a backbone `width` wide: standard rows first, then encoded rows.
 
     ratio 0 is SPT (every row is itself the parameter), 1 is XPE (every row comes out of the encoder), in
     between is DUAL: int(length x ratio) rows, at least 1 and at most length - 1, are encoded. `hidden` is D,
-    by default width / 4 (paper: 256 of 1024). paper: all embeddings start from N(0, 1). Raises ValueError for
+    by default width / 4 (paper: 256 of 1024). paper: all embeddings start from N(0, 1). ValueError for
     impossible sizes.
     """
 
     def __init__(self, width, length=20, ratio=1.0, encoder="mlp", hidden=0, layers=2, dropout=0.1, heads=8):
         super().__init__()
-        if not 0 <= ratio <= 1:
-            raise ValueError(f"prompt.ratio: {ratio} is not a share between 0 (SPT) and 1 (XPE)")
-        least = 1 if ratio in (0, 1) else 2
-        if length < least or min(width, layers, hidden + 1) < 1 or not 0 <= dropout < 1:
-            raise ValueError(f"prompt: impossible sizes: length {length}, ratio {ratio}, width {width}, "
-                             f"hidden {hidden}, layers {layers}, dropout {dropout}")
-        if encoder not in ENCODERS:
-            raise ValueError(f"prompt.encoder: {encoder!r} is none of {', '.join(ENCODERS)}")
-        hidden = hidden or max(1, width // 4)
         self.config = dict(width=width, length=length, ratio=ratio, encoder=encoder, hidden=hidden,
                            layers=layers, dropout=dropout, heads=heads)
+        check("prompt.", self.config)
+        if not 0 <= ratio <= 1 or 0 < ratio < 1 == length:
+            raise ValueError(f"prompt.ratio: {ratio} of {length} rows is no share from 0 (SPT) to 1 (XPE)")
+        self.config["hidden"] = hidden = hidden or max(1, width // 4)
         self.length = length    # P, the number of prompt rows
         encoded = int(length * ratio) if ratio in (0, 1) else max(1, min(length - 1, int(length * ratio)))
         self.standard = nn.Parameter(torch.randn(1, length - encoded, width)) if encoded < length else None
         self.encoded = nn.Parameter(torch.randn(1, encoded, width)) if encoded else None
-        if encoded:
-            kind = dict(mlp=MLP, lstm=BiLSTM, attention=SelfAttention, none=NoEncoder)[encoder]
+        self.encoder = None
+        if encoded and encoder != "none":       # none, the control: the encoded rows are used as they are
+            kind = dict(mlp=MLP, lstm=BiLSTM, attention=SelfAttention)[encoder]
             self.encoder = kind(width, hidden, width, heads if encoder == "attention" else layers, dropout)
 
     def forward(self, rows=1):
         """-> (K, rows, P, H): each of K prompts, for `rows` rows of a batch. While training every row has its
         own dropout mask; in evaluation all are equal and the encoder runs once."""
-        parts = [] if self.standard is None else [self.standard[:, None]]
-        if self.encoded is not None:
-            random = self.training and any(m.p for m in self.modules() if isinstance(m, Dropout))
-            parts.append(self.encoder(self.encoded, rows if random else 1))
-        return torch.cat([part.expand(-1, rows, -1, -1) for part in parts], 2)
+        random = self.training and any(m.p for m in self.modules() if isinstance(m, Dropout))
+        own = rows if random else 1
+        parts = [p[:, None] for p in (self.standard, self.encoded) if p is not None]  # (K, 1, ., H)
+        if self.encoder is not None:
+            parts[-1] = self.encoder(parts[-1], own)
+        return torch.cat([p.expand(-1, own, -1, -1) for p in parts], 2).expand(-1, rows, -1, -1)
 
     @torch.no_grad()
     def collapse(self):
@@ -205,6 +189,7 @@ class ClassificationHead(nn.Module):
     def __init__(self, width, classes, dropout=0.1):
         super().__init__()
         self.config = dict(width=width, classes=classes, dropout=dropout)
+        check("head.", self.config)
         self.dense, self.out, self.dropout = Linears(width, width), Linears(width, classes), Dropout(dropout)
         for layer in (self.dense, self.out):
             nn.init.normal_(layer.weight, std=0.02)
@@ -224,8 +209,7 @@ class PromptedClassifier(nn.Module):
 
     def __init__(self, backbone, prompt, head, reads="prompt", frozen=True):
         super().__init__()
-        if reads not in READS:
-            raise ValueError(f"prompt.reads: {reads!r} is none of {', '.join(READS)}")
+        check("prompt.", {"reads": reads})
         want = widths(backbone)
         have = (prompt.config["width"] if prompt is not None else want[0], head.config["width"])
         if have != want:
@@ -234,7 +218,6 @@ class PromptedClassifier(nn.Module):
         self.backbone, self.prompt, self.head, self.reads = backbone, prompt, head, reads
         if frozen:
             backbone.requires_grad_(False)
-        self.positions = positions(backbone)
 
     def forward(self, input_ids, attention_mask, owner=None):
         """-> logits (B, C). input_ids, attention_mask (B, T), padded on the right; owner (B,): which prompt
@@ -243,22 +226,20 @@ class PromptedClassifier(nn.Module):
         P = self.check_length(T)
         if owner is None and B % K:
             raise ValueError(f"{B} rows are no {K} equal blocks: say with `owner` which prompt each row uses")
-        rows, slot = B // K, slice(None)    # row i of the batch is row i of the K x rows blocks
-        if owner is not None:               # row i is the n-th row of its owner: owner * rows + n
-            owner = owner.to(input_ids.device)
-            nth = F.one_hot(owner, K).cumsum(0).gather(1, owner[:, None])[:, 0] - 1
-            rows = int(nth.max()) + 1
-            slot = owner * rows + nth  # (B,)
+        # Row i of the batch is the nth row of its owner. On the CPU, so that nothing waits for a GPU.
+        owner = torch.arange(K).repeat_interleave(B // K) if owner is None else owner.cpu()
+        nth = F.one_hot(owner, K).cumsum(0).gather(1, owner[:, None])[:, 0] - 1  # (B,)
+        rows = int(nth.max()) + 1
+        mine = tuple(index.to(input_ids.device, non_blocking=True) for index in (owner, nth))
 
         # Only the *word* embeddings are concatenated: the backbone adds position and type embeddings, and
         # positions count from the first prompt row.
         x = self.backbone.get_input_embeddings()(input_ids)  # (B, T, H)
         if P:
-            once = owner is not None and not self.training
-            p = self.prompt()[owner, 0] if once else self.prompt(rows).flatten(0, 1)[slot]  # (B, P, H)
-            x = torch.cat((p.to(x.dtype), x), 1)  # (B, P+T, H)
+            x = torch.cat((self.prompt(rows)[mine].to(x.dtype), x), 1)  # (B, P+T, H)
         mask = torch.cat((attention_mask.new_ones(B, P), attention_mask), 1)  # (B, P+T)
-        with self._only_row_0(P):
+        row = {"prompt": 0, "first": P}.get(self.reads)
+        with only_row_0(self.backbone, row == 0):
             h = self.backbone(inputs_embeds=x, attention_mask=mask)  # (B, P+T, H), or (B, 1, H)
         h = h if torch.is_tensor(h) else h[0]
         if self.reads == "mean":
@@ -267,32 +248,15 @@ class PromptedClassifier(nn.Module):
         elif self.reads == "last":
             h = h[torch.arange(B, device=h.device), P + attention_mask.sum(1) - 1]  # (B, H)
         else:
-            h = h[:, P if self.reads == "first" else 0]  # (B, H)
+            h = h[:, row]  # (B, H)
         h = h.to(self.head.dense.weight.dtype)
-        if owner is not None:
-            h = h.new_zeros(K * rows, h.shape[1]).index_copy(0, slot, h)
-        return self.head(h.unflatten(0, (K, rows))).flatten(0, 1)[slot]  # (B, C)
-
-    @contextmanager
-    def _only_row_0(self, P):
-        """ours: a head that reads row 0 needs of the last layer just that row, which looks at all others: the
-        same numbers for less work. In encoders that are built as BERT is; elsewhere nothing changes."""
-        config = getattr(self.backbone, "config", None)
-        if (getattr(config, "model_type", "") not in AS_BERT or self.reads != "prompt" and (self.reads, P) !=
-                ("first", 0) or getattr(config, "position_embedding_type", "absolute") != "absolute"):
-            yield
-            return
-        attention = self.backbone.encoder.layer[-1].attention
-        attention.forward = lambda x, mask=None, *_, **__: (_attend_from_row_0(attention, x, mask), None)
-        try:
-            yield
-        finally:
-            del attention.forward       # the class's own is in force again
+        h = h.new_zeros(K, rows, h.shape[1]).index_put(mine, h)  # (K, rows, H)
+        return self.head(h)[mine]  # (B, C)
 
     def check_length(self, T):
         """-> P. ValueError if texts of T tokens do not fit behind the prompt: on a GPU the backbone itself
         would only say "device-side assert"."""
-        P, limit = 0 if self.prompt is None else self.prompt.length, self.positions
+        P, limit = 0 if self.prompt is None else self.prompt.length, positions(self.backbone)
         if P + T > limit:
             raise ValueError(f"{P} prompt rows + {T} text tokens = {P + T} exceed the {limit} positions of "
                              f"the backbone: data.max_length can be {limit - P} at most")
@@ -305,14 +269,30 @@ class PromptedClassifier(nn.Module):
                 module.generators = generators
 
 
-def _attend_from_row_0(attention, x, mask):
-    """BERT's attention block with row 0 as the only query: x (B, N, H) -> (B, 1, H)."""
+@contextmanager
+def only_row_0(backbone, wanted=True):
+    """ours: a head that reads row 0 needs of the last layer just that row, which looks at all others: the
+    same numbers for less work. In encoders that are built as BERT is; elsewhere nothing changes."""
+    config = getattr(backbone, "config", None)
+    if (not wanted or getattr(config, "model_type", "") not in AS_BERT
+            or getattr(config, "position_embedding_type", "absolute") != "absolute"):
+        yield
+        return
+    attention = backbone.encoder.layer[-1].attention
     own = attention.self
-    q, k, v = (f(y).unflatten(-1, (own.num_attention_heads, -1)).transpose(1, 2)        # (B, heads, 1 or N, .)
-               for f, y in ((own.query, x[:, :1]), (own.key, x), (own.value, x)))
-    mask = None if mask is None else mask[:, :, :1]     # (B, 1, 1, N)
-    a = F.scaled_dot_product_attention(q, k, v, mask, own.dropout.p if own.training else 0.0)
-    return attention.output(a.transpose(1, 2).flatten(2), x[:, :1])
+
+    def forward(x, mask=None, *_, **__):
+        q, k, v = (layer(rows).unflatten(-1, (own.num_attention_heads, -1)).transpose(1, 2)
+                   for layer, rows in ((own.query, x[:, :1]), (own.key, x), (own.value, x)))
+        mask = None if mask is None else mask[:, :, :1]     # (B, 1, 1, N)
+        a = F.scaled_dot_product_attention(q, k, v, mask, own.dropout.p if own.training else 0.0)
+        return attention.output(a.transpose(1, 2).flatten(2), x[:, :1]), None  # (B, 1, H)
+
+    attention.forward = forward
+    try:
+        yield
+    finally:
+        del attention.forward       # the class's own is in force again
 
 
 def widths(backbone):
@@ -323,9 +303,9 @@ def widths(backbone):
 
 def positions(backbone):
     """How many positions a sequence may have; RoBERTa counts from after the padding index (514 are 512)."""
+    limit = getattr(getattr(backbone, "config", None), "max_position_embeddings", None) or 1 << 30
     table = getattr(getattr(backbone, "embeddings", None), "position_embeddings", None)
     offset = getattr(table, "padding_idx", None)
-    limit = getattr(getattr(backbone, "config", None), "max_position_embeddings", None) or 1 << 30
     return limit if offset is None else limit - offset - 1
 
 
@@ -334,9 +314,8 @@ def stack(modules):
     first = modules[0]
     if any(m.config != first.config for m in modules):
         raise ValueError("only prompts and heads of one configuration can be stacked")
-    tensors = [dict(m.named_parameters()) for m in modules]
     for name, p in first.named_parameters():
-        p.data = torch.cat([t[name].data for t in tensors])
+        p.data = torch.cat([m.get_parameter(name).data for m in modules])
     return first
 
 
@@ -347,36 +326,34 @@ def take(module, k):
 
 def put(module, tensors):
     """Fill a module of K = 1 from `take`'s tensors; ValueError on a missing, foreign or misshaped one."""
-    want = dict(module.named_parameters())
+    want = {name: p.shape[1:] for name, p in module.named_parameters()}
     if want.keys() != tensors.keys():
         name = min(want.keys() ^ tensors.keys())
         raise ValueError(f"{'lacks the' if name in want else 'has the unknown'} tensor {name!r}")
-    for name, p in want.items():
-        tensor = tensors[name]
-        if tensor.shape != p.shape[1:]:
-            raise ValueError(f"tensor {name!r} is {tuple(tensor.shape)}, expected {tuple(p.shape[1:])}")
-        if not tensor.is_floating_point() or not tensor.isfinite().all():
+    for name, shape in want.items():
+        t = tensors[name]
+        if t.shape != shape:
+            raise ValueError(f"tensor {name!r} is {tuple(t.shape)}, expected {tuple(shape)}")
+        if not t.is_floating_point() or not t.isfinite().all():
             raise ValueError(f"tensor {name!r} holds something other than finite numbers")
-        owner, _, leaf = name.rpartition(".")
-        setattr(module.get_submodule(owner), leaf, _stackable(tensor.float()))
+    module.load_state_dict({name: t.float()[None].clone() for name, t in tensors.items()}, assign=True)
     return module
 
 
-# ---- one folder for a prompt: prompt.safetensors (the trainable tensors) and prompt.json (how to use them) -
+# A prompt is a folder: prompt.safetensors (the trainable tensors) and prompt.json (how to use them).
 
 def write_atomic(path, data):
     """Write bytes (or call data(file)) so that `path` is the old file or the whole new one, come what may."""
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{os.getpid():08}")       # train.py knows such names as debris
     try:
-        with os.fdopen(handle, "wb") as f:
+        with open(temporary, "wb") as f:
             data(f) if callable(data) else f.write(data)
             f.flush()
             os.fsync(f.fileno())
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException as e:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         why = e.__context__ if isinstance(e, RuntimeError) else e      # torch.save hides a full disk in one
         if isinstance(why, OSError):
             raise OSError(why.errno, why.strerror, str(path)) from None
@@ -386,10 +363,10 @@ def write_atomic(path, data):
 def save_prompt(folder, prompt_tensors, head_tensors, meta):
     """Write `take`'s tensors and `meta` (see `load_prompt`) to a folder that exists. No pickle anywhere."""
     from safetensors.torch import save
-    tensors = {f"prompt.{n}": t.contiguous() for n, t in prompt_tensors.items()}
-    tensors |= {f"head.{n}": t.contiguous() for n, t in head_tensors.items()}
-    write_atomic(Path(folder) / "prompt.safetensors", save(tensors, {"format": "pt"}))
+    tensors = {f"prompt.{name}": t for name, t in prompt_tensors.items()}
+    tensors |= {f"head.{name}": t for name, t in head_tensors.items()}
     text = json.dumps({"format": 1, **meta}, indent=1, ensure_ascii=False, allow_nan=False)
+    write_atomic(Path(folder) / "prompt.safetensors", save(tensors, {"format": "pt"}))
     write_atomic(Path(folder) / "prompt.json", text.encode() + b"\n")
 
 
@@ -397,12 +374,12 @@ def read_json(path):
     """A JSON object from a file of at most 4 MB; ValueError with the path for anything else."""
     try:
         if os.path.getsize(path) > 4 << 20:
-            raise ValueError("is larger than 4 MB")
+            raise ValueError("larger than 4 MB")
         value = json.loads(Path(path).read_bytes().decode("utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("no JSON object")
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{path}: not readable as JSON: {e}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: holds no JSON object")
     return value
 
 
@@ -416,147 +393,106 @@ def read_tensors(path):
         raise ValueError(f"{path}: no whole safetensors file: {str(e).splitlines()[0]}") from None
 
 
-SIZES = {"prompt": dict(width=int, length=int, ratio=float, encoder=str, hidden=int, layers=int,
-                        dropout=float, heads=int),
-         "head": dict(width=int, classes=int, dropout=float)}
-
-
 def restore(path, meta, tensors):
     """(SoftPrompt or None, ClassificationHead) of the sizes in meta, filled from tensors named prompt.* and
     head.*; ValueError with the path if anything is missing, impossible or does not fit exactly."""
+    both = nn.ModuleDict()
     try:
-        sizes = {}
-        for section, schema in SIZES.items():
-            value = sizes[section] = meta.get(section)
-            if section == "prompt" and value is None:
-                continue
-            if not isinstance(value, dict) or value.keys() != schema.keys():
-                raise ValueError(f"{section!r} must hold {', '.join(schema)}")
-            for key, kind in schema.items():
-                limit = 1 if kind is float else 64 if key == "layers" else 1 << 16
-                fits = type(value[key]) in ((int, float) if kind is float else (kind,))
-                if not fits or (kind is not str and not 0 <= value[key] <= limit):
-                    raise ValueError(f"{section}.{key} cannot be {value[key]!r}")
+        check("", {name: meta.get(name) for name in ("kind", "reads", "max_length")})
         with torch.device("meta"):      # takes no memory: the file must show tensors of these shapes first
-            both = nn.ModuleDict({"head": ClassificationHead(**sizes["head"])})
-            if sizes["prompt"]:
-                both["prompt"] = SoftPrompt(**sizes["prompt"])
+            both["head"] = ClassificationHead(**meta["head"])
+            if meta.get("prompt") is not None:
+                both["prompt"] = SoftPrompt(**meta["prompt"])
+        for section, module in both.items():
+            if meta[section].keys() != module.config.keys():
+                raise ValueError(f"{section!r} must hold {', '.join(module.config)}")
         put(both, tensors)
-    except (ValueError, RuntimeError, ZeroDivisionError) as e:
+    except (ValueError, TypeError, RuntimeError) as e:
         raise ValueError(f"{path}: {e}") from None
-    return both["prompt"] if sizes["prompt"] else None, both["head"]
+    return (both["prompt"] if "prompt" in both else None), both["head"]
 
 
 def load_prompt(folder):
-    """Read a prompt folder -> (SoftPrompt or None, ClassificationHead, meta).
+    """Read a prompt folder, or one of the authors' -> (SoftPrompt or None, ClassificationHead, meta).
 
     meta: kind, prompt, head (constructor arguments), reads, backbone {name, revision}, labels, max_length,
-    tokenizer (fingerprint), data, training. Reads the authors' PEFT folders too. Raises FileNotFoundError or
-    ValueError, naming the file and what is wrong with it; keys and shapes must fit exactly.
+    tokenizer (fingerprint), data, training. Raises FileNotFoundError or ValueError, naming the file and what
+    is wrong with it; keys and shapes must fit exactly.
     """
-    folder = Path(folder)
-    if (folder / "adapter_config.json").is_file() and not (folder / "prompt.json").is_file():
+    path = Path(folder) / "prompt.json"
+    if not path.is_file() and path.with_name("adapter_config.json").is_file():
         return load_authors(folder)
-    path = folder / "prompt.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: no prompt.json (a run that has not finished? train.py --resume)")
     meta = read_json(path)
-    backbone, labels, length = meta.get("backbone"), meta.get("labels"), meta.get("max_length")
-    names = [backbone.get("name"), backbone.get("revision")] if isinstance(backbone, dict) else [None]
-    for fits, what in (
-            (meta.get("format") == 1, "format"), (meta.get("kind") in KINDS, "kind"),
-            (all(isinstance(x, str) for x in names), "backbone {name, revision}"),
-            (isinstance(labels, list) and all(isinstance(x, str) for x in labels)
-             and len(set(labels)) == len(labels), "labels"),
-            (meta.get("reads") in READS, "reads"), (isinstance(meta.get("training"), dict), "training"),
-            (type(length) is int and 1 < length < 1 << 20, "max_length")):
-        if not fits:
-            raise ValueError(f"{path}: {what}: missing, or not as this project's format 1 has it")
-    prompt, head = restore(path, meta, read_tensors(folder / "prompt.safetensors"))
-    if len(labels) != head.config["classes"]:
-        raise ValueError(f"{path}: {len(labels)} labels for a head of {head.config['classes']} classes")
+    labels, backbone = meta.get("labels"), meta.get("backbone")
+    if not (meta.get("format") == 1 and isinstance(labels, list)
+            and all(isinstance(meta.get(x), dict) for x in ("backbone", "head", "training"))
+            and all(isinstance(x, str) for x in (*labels, backbone.get("name"), backbone.get("revision")))):
+        raise ValueError(f"{path}: format, labels, backbone, head or training are not as format 1 has them")
+    prompt, head = restore(path, meta, read_tensors(path.with_name("prompt.safetensors")))
+    if len(set(labels)) != head.config["classes"] or len(labels) != head.config["classes"]:
+        raise ValueError(f"{path}: {len(set(labels))} labels for a head of {head.config['classes']} classes")
     return prompt, head, meta
 
 
-# ---- other people's formats --------------------------------------------------------------------------------
-
-AUTHORS_ENCODERS = {"MLP": "mlp", "LSTM": "lstm", "ATTN": "attention", "NONE": "none"}
-AUTHORS_NAMES = (       # theirs -> ours, in this order
-    (r"^base_model\.(?:model\.)?classifier\.dense\.", "head.dense."),
-    (r"^base_model\.(?:model\.)?classifier\.out_proj\.", "head.out."),
-    (r"^prompt_encoder\.(?:default\.)?", "prompt."),
-    (r"^prompt\.embedding\.weight$", "prompt.standard"),
-    (r"^prompt\.xpe_embedding\.weight$", "prompt.encoded"),
-    (r"^prompt\.xpe_head\.0\.self_attn\.in_proj_", "prompt.encoder.qkv."),
-    (r"^prompt\.xpe_head\.0\.self_attn\.out_proj\.", "prompt.encoder.merge."),
-    (r"^prompt\.xpe_head\.0\.out_proj\.", "prompt.encoder.project."),
-    (r"^prompt\.xpe_head\.0\.layernorm\.", "prompt.encoder.norm_"),
-    (r"^prompt\.xpe_head\.lstm\.", "prompt.encoder."),
-    (r"^prompt\.xpe_head\.(?:mlp|1)\.(\d+)\.", r"prompt.encoder.mlp.linears.\1."),
-    (r"^prompt\.xpe_head\.(\d+)\.", r"prompt.encoder.linears.\1."))
+AUTHORS_NAMES = {       # theirs: ours, to be replaced in this order
+    "base_model.classifier.": "head.", "head.out_proj.": "head.out.",
+    "prompt_encoder.embedding.weight": "prompt.standard",
+    "prompt_encoder.xpe_embedding.weight": "prompt.encoded",
+    "prompt_encoder.xpe_head.": "prompt.encoder.", "encoder.lstm.": "encoder.", "encoder.1.": "encoder.mlp.",
+    "encoder.0.self_attn.in_proj_": "encoder.qkv.", "encoder.0.self_attn.out_proj.": "encoder.merge.",
+    "encoder.0.out_proj.": "encoder.project.", "encoder.0.layernorm.": "encoder.norm_"}
 
 
 def load_authors(folder):
-    """Read a prompt that the authors released, or their toolkit wrote, without peft; as `load_prompt`.
-
-    In paper-era XPE files the name prompt_encoder.embedding.weight holds the *encoded* rows' embedding; later
-    files call it xpe_embedding. Their Linears stand at 0, 3, 6 of a Sequential.
-    """
+    """Read a prompt that the authors released, or their toolkit wrote, without peft; as `load_prompt`."""
     path = Path(folder) / "adapter_config.json"
-    theirs = read_json(path)
+    theirs, tensors = read_json(path), {}
     if theirs.get("peft_type") not in ("XPE", "P_TUNING") or "encoder_ratio" not in theirs:
         raise ValueError(f"{path}: not by the authors' toolkit: peft_type {theirs.get('peft_type')!r}")
-    tensors = {}
-    for name, tensor in read_tensors(Path(folder) / "adapter_model.safetensors").items():
-        new = name
-        for pattern, replacement in AUTHORS_NAMES:
-            new = re.sub(pattern, replacement, new)
-        linear = re.search(r"linears\.(\d{1,3})\.", new)
-        if linear:                                                                  # 0, 3, 6 -> 0, 1, 2
-            new = new.replace(linear[0], f"linears.{int(linear[1]) // 3}.")
-        tensors[new] = tensor
-    ratio, bare = theirs["encoder_ratio"], theirs.get("encoder_reparameterization_type")
-    if ratio == 1 and "prompt.standard" in tensors and "prompt.encoded" not in tensors:
+    for name, tensor in read_tensors(path.with_name("adapter_model.safetensors")).items():
+        for old, new in AUTHORS_NAMES.items():
+            name = name.replace(old, new)
+        # Linears 0, 3, 6 of their Sequential are our 0, 1, 2
+        name = re.sub(r"(encoder|mlp)\.(\d{1,3})\.", lambda m: f"{m[1]}.linears.{int(m[2]) / 3:g}.", name)
+        tensors[name] = tensor
+    ratio, out, get = theirs["encoder_ratio"], tensors.get("head.out.weight"), theirs.get
+    # in paper-era XPE files the name prompt_encoder.embedding holds the *encoded* rows' embedding
+    if ratio == 1 and "prompt.encoded" not in tensors and "prompt.standard" in tensors:
         tensors["prompt.encoded"] = tensors.pop("prompt.standard")
-    out = tensors.get("head.out.weight")
     if out is None or out.dim() != 2:
         raise ValueError(f"{folder}: adapter_model.safetensors holds no head (base_model.classifier)")
-    classes, width = out.shape
+    encoder = str(get("encoder_reparameterization_type")).lower().replace("attn", "attention")
     meta = {"kind": "spt" if ratio == 0 else "xpe" if ratio == 1 else "dual", "reads": "prompt",
-            "prompt": dict(width=theirs.get("token_dim") or width, length=theirs.get("num_virtual_tokens"),
-                           ratio=ratio, encoder=AUTHORS_ENCODERS.get(str(bare), str(bare)),
-                           hidden=theirs.get("encoder_hidden_size"),
-                           heads=theirs.get("encoder_num_heads") or 8,
-                           layers=theirs.get("encoder_num_layers") or 2,
-                           dropout=theirs.get("encoder_dropout") or 0.0),
-            "head": dict(width=width, classes=classes, dropout=0.1), "max_length": 164,
-            "backbone": {"name": str(theirs.get("base_model_name_or_path")), "revision": "main"},
-            "training": {}}
+            "prompt": dict(width=get("token_dim") or out.shape[1], length=get("num_virtual_tokens"),
+                           ratio=ratio, encoder=encoder, hidden=get("encoder_hidden_size"),
+                           layers=get("encoder_num_layers") or 2, heads=get("encoder_num_heads") or 8,
+                           dropout=get("encoder_dropout") or 0.0),
+            "head": dict(width=out.shape[1], classes=len(out), dropout=0.1), "max_length": 164,
+            "backbone": {"name": str(get("base_model_name_or_path")), "revision": "main"}, "training": {}}
     prompt, head = restore(path, meta, tensors)
-    meta["labels"] = [str(i) for i in range(classes)]       # their files name no labels
+    meta["labels"] = [str(i) for i in range(len(out))]      # their files name no labels
     return prompt, head, meta
 
 
 def export_peft(folder, prompt, head, meta):
     """Write a folder that *stock* peft loads as prompt tuning (PeftModel.from_pretrained on an
     AutoModelForSequenceClassification); only for heads that read the prompt's first row, as XLM-R's own does.
-
-    Raises ValueError for other heads, FileExistsError for a folder that is not empty.
-    """
+    Raises ValueError for other heads, FileExistsError for a folder that is not empty."""
     from safetensors.torch import save
     if prompt is None or meta["reads"] != "prompt":
         raise ValueError(f"peft has no form for a {meta['kind']!r} run whose head reads {meta['reads']!r}")
-    matrix = prompt.collapse().standard[0]  # (P, H)
-    tensors = {"base_model.classifier." + name.replace("out.", "out_proj."): p[0]
-               for name, p in head.named_parameters()} | {"prompt_embeddings": matrix}
-    config = {"peft_type": "PROMPT_TUNING", "task_type": "SEQ_CLS", "prompt_tuning_init": "RANDOM",
-              "num_virtual_tokens": prompt.length, "token_dim": matrix.shape[1],
-              "num_transformer_submodules": 1, "base_model_name_or_path": meta["backbone"]["name"],
-              "modules_to_save": ["classifier"], "inference_mode": True}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         raise FileExistsError(f"{folder}: is not empty; name a new folder")
-    tensors = {n: t.detach().float().cpu().contiguous() for n, t in tensors.items()}
+    tensors = {"base_model.classifier." + name.replace("out.", "out_proj."): t
+               for name, t in take(head, 0).items()}
+    tensors["prompt_embeddings"] = take(prompt.collapse(), 0)["standard"]  # (P, H)
+    config = {"peft_type": "PROMPT_TUNING", "task_type": "SEQ_CLS", "prompt_tuning_init": "RANDOM",
+              "num_virtual_tokens": prompt.length, "token_dim": prompt.config["width"],
+              "num_transformer_submodules": 1, "base_model_name_or_path": meta["backbone"]["name"],
+              "modules_to_save": ["classifier"], "inference_mode": True}
     write_atomic(folder / "adapter_model.safetensors", save(tensors, {"format": "pt"}))
     write_atomic(folder / "adapter_config.json", json.dumps(config, indent=1).encode() + b"\n")
