@@ -32,7 +32,7 @@ import xpe
 from data import (LABELS, Corpus, collate, download, encode, fingerprint, locate, nearest, run_main,
                   token_batches)
 
-# On a CPU oneDNN keeps the code of 1,024 products, one for each shape: 3.0 GB over 205 languages instead of 1.4.
+# On a CPU oneDNN would keep its code for 1,024 shapes: 3.0 GB after 205 languages instead of 1.4
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 HERE = Path(__file__).resolve().parent
@@ -168,10 +168,10 @@ def load_backbone(name, revision="main", attention="sdpa", trust_remote_code=Fal
     if folder is None:
         if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
             raise FileNotFoundError(f"backbone.name: no folder {name!r}")
-        small, weights = ["*.json", "*.txt", "*.model", "*.py"], ["*.safetensors"]
-        folder = download(name, revision, "model", small + weights)
+        files = ["*.json", "*.txt", "*.model"] + ["*.py"] * trust_remote_code
+        folder = download(name, revision, "model", [*files, "*.safetensors"])
         if not any(folder.glob("*.safetensors")):       # an older repository; read with weights_only
-            folder = download(name, revision, "model", small + ["pytorch_model*.bin"])
+            folder = download(name, revision, "model", [*files, "pytorch_model*.bin"])
         commit = folder.name
     where = dict(pretrained_model_name_or_path=str(folder.resolve()), trust_remote_code=trust_remote_code)
     new = tuple(int(x) for x in transformers.__version__.split(".")[:2]) >= (4, 56)

@@ -226,17 +226,19 @@ class PromptedClassifier(nn.Module):
         P = self.check_length(T)
         if owner is None and B % K:
             raise ValueError(f"{B} rows are no {K} equal blocks: say with `owner` which prompt each row uses")
-        # Row i of the batch is the nth row of its owner. On the CPU, so that nothing waits for a GPU.
-        owner = torch.arange(K).repeat_interleave(B // K) if owner is None else owner.cpu()
-        nth = F.one_hot(owner, K).cumsum(0).gather(1, owner[:, None])[:, 0] - 1  # (B,)
-        rows = int(nth.max()) + 1
-        mine = tuple(index.to(input_ids.device, non_blocking=True) for index in (owner, nth))
+        rows, mine = B // K, None
+        if owner is not None:       # row i is the nth row of its owner; on the CPU, where nothing must wait
+            nth = F.one_hot(owner.cpu(), K).cumsum(0).gather(1, owner.cpu()[:, None])[:, 0] - 1  # (B,)
+            rows, mine = int(nth.max()) + 1, (owner.to(input_ids.device), nth.to(input_ids.device))
+
+        def in_order(x):            # (K, rows, ...) -> (B, ...), as the rows of the batch stand
+            return x.flatten(0, 1) if mine is None else x[mine]
 
         # Only the *word* embeddings are concatenated: the backbone adds position and type embeddings, and
         # positions count from the first prompt row.
         x = self.backbone.get_input_embeddings()(input_ids)  # (B, T, H)
         if P:
-            x = torch.cat((self.prompt(rows)[mine].to(x.dtype), x), 1)  # (B, P+T, H)
+            x = torch.cat((in_order(self.prompt(rows)).to(x.dtype), x), 1)  # (B, P+T, H)
         mask = torch.cat((attention_mask.new_ones(B, P), attention_mask), 1)  # (B, P+T)
         row = {"prompt": 0, "first": P}.get(self.reads)
         with only_row_0(self.backbone, row == 0):
@@ -250,8 +252,8 @@ class PromptedClassifier(nn.Module):
         else:
             h = h[:, row]  # (B, H)
         h = h.to(self.head.dense.weight.dtype)
-        h = h.new_zeros(K, rows, h.shape[1]).index_put(mine, h)  # (K, rows, H)
-        return self.head(h)[mine]  # (B, C)
+        h = h.view(K, rows, -1) if mine is None else h.new_zeros(K, rows, h.shape[1]).index_put(mine, h)
+        return in_order(self.head(h))  # (B, C)
 
     def check_length(self, T):
         """-> P. ValueError if texts of T tokens do not fit behind the prompt: on a GPU the backbone itself
