@@ -1243,6 +1243,15 @@ def paper_era(folder):
     save_file(tensors, folder / "adapter_model.safetensors")
 
 
+def wrapped(folder):
+    """Rewrite the names of its tensors as a PeftModel's own state has them."""
+    from safetensors.torch import load_file, save_file
+    tensors = load_file(folder / "adapter_model.safetensors")
+    for theirs, longer in ("base_model.", "base_model.model."), ("prompt_encoder.", "prompt_encoder.default."):
+        tensors = {name.replace(theirs, longer): t for name, t in tensors.items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
 @pytest.mark.parametrize("ratio, encoder, layers", THEIR_KINDS)
 def test_folders_of_the_authors(tmp_path, ratio, encoder, layers):
     """Catches: a Linear of theirs at the wrong place, E taken for standard rows in the paper-era files."""
@@ -1257,7 +1266,7 @@ def test_folders_of_the_authors(tmp_path, ratio, encoder, layers):
         "peft_type": "XPE", "num_virtual_tokens": 10, "encoder_ratio": ratio, "encoder_hidden_size": 6,
         "encoder_num_layers": layers, "encoder_dropout": 0.1, "token_dim": 16, "encoder_num_heads": 4,
         "encoder_reparameterization_type": THEIR_NAMES[encoder], "base_model_name_or_path": "somewhere"}))
-    for rewrite in (lambda folder: None, paper_era):
+    for rewrite in (lambda folder: None, paper_era, wrapped):
         rewrite(tmp_path)
         prompt, head, meta = xpe.load_prompt(tmp_path)
         close(prompt.eval()()[0, 0], matrix())

@@ -439,6 +439,7 @@ def load_prompt(folder):
 
 
 AUTHORS_NAMES = {       # theirs: ours, to be replaced in this order
+    "base_model.model.": "base_model.", "prompt_encoder.default.": "prompt_encoder.",
     "base_model.classifier.": "head.", "head.out_proj.": "head.out.",
     "prompt_encoder.embedding.weight": "prompt.standard",
     "prompt_encoder.xpe_embedding.weight": "prompt.encoded",
