@@ -179,8 +179,8 @@ def download(name, revision, kind, patterns):
             if wait is None or not passing:
                 line = (str(e).strip() or "no answer").splitlines()[0][:160]
                 raise FileNotFoundError(f"cannot get the {kind} {name} (revision {revision}) from the hub: "
-                                        f"{type(e).__name__}: {line} (offline? --data FOLDER and --backbone "
-                                        "FOLDER take copies; private or gated? `hf auth login` first)") from None
+                                        f"{type(e).__name__}: {line} (offline? --data FOLDER, --backbone FOLDER "
+                                        "take a copy; private or gated? `hf auth login` first)") from None
             time.sleep(wait)
 
 
