@@ -132,7 +132,8 @@ def contenders(args, config, device, lengths, tests):
         enter(f"floor x {K}", "", bare, backbone, lengths, batches)
         if K == 1 and find_spec("micm_nlp"):        # as many batches of the Trainer's own order of an epoch
             order = np.array(grouped(lengths.tolist(), B))
-            own = [order[i:i + B] for i in range(0, len(order), B)][::len(lengths) // B // len(batches)]
+            own = [order[i:i + B] for i in range(0, len(order), B)]
+            own = own[::max(1, len(own) // len(batches))]
             rows = np.concatenate(own[:len(batches)])
             peer, run = toolkit(sizes, [ids[i] for i in rows], labels[rows], cfg, device, args.tokenizer)
             enter("toolkit", "floor x 1", run, peer, lengths, own[:len(batches)])
