@@ -27,7 +27,8 @@ import xpe
 
 HERE = Path(__file__).resolve().parent
 LANGUAGES = ("aaa_Latn", "bbb_Latn", "ccc_Latn")
-WORDS = "sun star rock boat road hill vote law king ball goal race cure vein dose song film joke lake land sand".split()
+WORDS = ("sun star rock boat road hill vote law king ball goal race cure vein dose song film joke lake "
+         "land sand").split()
 
 
 # ---- a tiny world: backbone, tokenizer, corpus, configuration ----------------------------------------------
@@ -41,18 +42,20 @@ def write_backbone(folder, seed=0):
     vocab = {w: i for i, w in enumerate(["<s>", "<pad>", "</s>", "<unk>", *WORDS])}
     tok = Tokenizer(models.WordLevel(vocab, "<unk>"))
     tok.pre_tokenizer = pre_tokenizers.Whitespace()
-    tok.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
+    tok.post_processor = processors.TemplateProcessing(single="<s> $A </s>",
+                                                       special_tokens=[("<s>", 0), ("</s>", 2)])
     PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
                             pad_token="<pad>").save_pretrained(folder)
     torch.manual_seed(seed)
     XLMRobertaModel(XLMRobertaConfig(
-        vocab_size=len(vocab), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-        max_position_embeddings=66, type_vocab_size=1, initializer_range=0.2)).save_pretrained(folder)
+        vocab_size=len(vocab), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=66, type_vocab_size=1,
+        initializer_range=0.2)).save_pretrained(folder)
     return folder
 
 
 def write_corpus(root, sizes=(("train", 14), ("dev", 14), ("test", 7))):
-    """Three languages; most words of a text are among the three of its label, so that there is something to learn."""
+    """Three languages; most words of a text are among its label's three, so there is something to learn."""
     for n, language in enumerate(LANGUAGES):
         (root / language).mkdir(parents=True)
         for m, (split, count) in enumerate(sizes):
@@ -88,8 +91,8 @@ def world(tmp_path_factory):
 def command(world, out, *more):
     """Arguments of train.py for three seeds; later ones win."""
     return ["--sources", str(world / "config.yaml"), "--data", str(world / "data"), "--backbone",
-            str(world / "backbone"), "--out", str(out), "--device", "cpu", "--mode", "xpe", "--seeds", "11-13",
-            *map(str, more)]
+            str(world / "backbone"), "--out", str(out), "--device", "cpu", "--mode", "xpe",
+            "--seeds", "11-13", *map(str, more)]
 
 
 def bits(out):
@@ -134,13 +137,15 @@ PASSES = {
     "fp16-adamw": ("--set", "train.amp=fp16", "--set", "train.optimizer=adamw", "--set", "train.rate=1.0e-3"),
     "lstm": ("--set", "prompt.encoder=lstm"), "head": ("--mode", "head"),
     "two-at-once": ("--set", "train.learners_at_once=2"), "full": ("--mode", "full", "--seeds", "11-12"),
-    "full-bf16-accumulate": ("--mode", "full", "--set", "full.amp=bf16", "--set", "full.accumulate=2", "--seeds", "11"),
+    "full-bf16-accumulate": ("--mode", "full", "--set", "full.amp=bf16", "--set", "full.accumulate=2",
+                             "--seeds", "11"),
 }
 
 
 @pytest.mark.parametrize("name", PASSES)
-def test_a_pass_that_is_interrupted_and_killed_ends_with_the_same_bits(name, world, tmp_path, monkeypatch, capsys):
-    """Catches any state that a checkpoint forgets: a generator, a moment, the loss since the last evaluation."""
+def test_a_pass_that_is_interrupted_and_killed_ends_with_the_same_bits(name, world, tmp_path, monkeypatch,
+                                                                       capsys):
+    """Catches any state a checkpoint forgets: a generator, a moment, the loss since the last evaluation."""
     assert train.main(command(world, tmp_path / "once", *PASSES[name])) == 0
     at_step(monkeypatch, {3: signal.SIGINT, 9: Killed(), 13: signal.SIGTERM, 16: Killed(), 18: signal.SIGINT})
     again, resume, codes = command(world, tmp_path / "often", *PASSES[name]), [], []
@@ -160,7 +165,7 @@ def test_a_pass_that_is_interrupted_and_killed_ends_with_the_same_bits(name, wor
 
 
 def test_a_run_killed_at_any_write_goes_on_to_the_same_bits(world, tmp_path, monkeypatch):
-    """Catches an order of writes and deletes that leaves, at some instant, no step at which all learners can go on."""
+    """Catches an order of writes and deletes that leaves, at some instant, no step at which all can go on."""
     args = ["--set", "train.steps=12", "--seeds", "11-12", *EARLY]
     train.main(command(world, tmp_path / "once", *args))
     want, real = bits(tmp_path / "once"), {"replace": os.replace, "unlink": Path.unlink}
@@ -211,7 +216,8 @@ def test_an_existing_folder_is_not_started_over(world, tmp_path):
     args = command(world, tmp_path / "runs", "--steps", "4")
     train.main(args)
     before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in tmp_path.rglob("*") if p.is_file()}
-    with pytest.raises(FileExistsError, match=r"xpe-two-s11 exists: --resume goes on.*--out starts elsewhere"):
+    with pytest.raises(FileExistsError,
+                       match=r"xpe-two-s11 exists: --resume goes on.*--out starts elsewhere"):
         train.main(args)
     with pytest.raises(FileExistsError, match="xpe-two-s13 exists"):    # one of several is enough
         train.main(command(world, tmp_path / "runs", "--seeds", "9,13"))
@@ -225,8 +231,9 @@ def test_an_existing_folder_is_not_started_over(world, tmp_path):
     ("prompt.dropout=0.5", "prompt.dropout"), ("prompt.length=5", "prompt.length"),
     ("prompt.reads=mean", "reads"), ("prompt.heads=4", "prompt.heads")])
 def test_resume_refuses_other_settings_by_name(setting, name, world, tmp_path, monkeypatch):
-    """Catches a run that goes on under other settings than it began with, and a refusal that has already written."""
-    args = command(world, tmp_path, "--seeds", "11", "--set", "prompt.encoder=attention", "--set", "prompt.heads=8")
+    """Catches a run that goes on under other settings than it began with, and a refusal that wrote first."""
+    args = command(world, tmp_path, "--seeds", "11", "--set", "prompt.encoder=attention",
+                   "--set", "prompt.heads=8")
     at_step(monkeypatch, {6: signal.SIGINT})
     assert train.main(args) == 130
     before = bits(tmp_path)
@@ -274,7 +281,7 @@ def test_the_same_command_twice_gives_the_same_bits(world, tmp_path):
 # ---- 3. numbers that go bad --------------------------------------------------------------------------------
 
 def spoil(monkeypatch, learner, when, value=float("nan")):
-    """Make the loss of one learner `value` at the forward passes for which when(count) holds, counted from 1."""
+    """Make one learner's loss `value` at the forward passes for which when(count) holds, counted from 1."""
     real, count = train.F.cross_entropy, [0]
 
     def cross_entropy(logits, labels, reduction="mean", **more):
@@ -293,8 +300,8 @@ def spoil(monkeypatch, learner, when, value=float("nan")):
 
 @pytest.mark.parametrize("step, kept", [(10, 8), (2, 0)])
 def test_a_learner_whose_loss_is_not_a_number_stops_alone(step, kept, world, tmp_path, monkeypatch, capsys):
-    """Catches a NaN that reaches other learners, that overwrites the best state, or that ends without a word."""
-    with monkeypatch.context() as patch:        # the same learner leaves at the same evaluation, for another reason
+    """Catches a NaN that reaches other learners, overwrites the best state, or ends without a word."""
+    with monkeypatch.context() as patch:        # the same learner leaves at the same time, for another reason
         real = train.Learner.judge
 
         def judge(self, at, *more):
@@ -317,7 +324,8 @@ def test_a_learner_whose_loss_is_not_a_number_stops_alone(step, kept, world, tmp
         meta = xpe.load_prompt(folder)[2]
         steps = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
         assert meta["training"]["best_step"] <= kept and steps[-1]["step"] == kept
-        assert meta["training"]["dev_accuracy"] == pytest.approx(max(x["dev_accuracy"] for x in steps), abs=1e-4)
+        assert meta["training"]["dev_accuracy"] == pytest.approx(max(x["dev_accuracy"] for x in steps),
+                                                                 abs=1e-4)
     else:
         assert not (folder / "prompt.json").exists() and "nothing good to keep" in line
     assert train.main(command(world, tmp_path / "bad", "--resume")) == 2    # and it stays a failure
@@ -357,8 +365,10 @@ def test_fp16_overflow_halves_the_scale_and_stops_nobody(world, tmp_path, monkey
 @pytest.mark.parametrize("split, content, error", [
     ("dev", None, r"bbb_Latn/dev.tsv: no such split; bbb_Latn has test.tsv, train.tsv"),
     ("dev", "index_id\tcategory\ttext\n", r"bbb_Latn/dev.tsv: no sentence in this split"),
-    ("dev", "", r"bbb_Latn/dev.tsv:0: the header must name"), ("train", None, r"bbb_Latn/train.tsv: no such split")])
-def test_a_split_that_is_missing_or_empty_is_told_before_anything_is_written(split, content, error, world, tmp_path):
+    ("dev", "", r"bbb_Latn/dev.tsv:0: the header must name"),
+    ("train", None, r"bbb_Latn/train.tsv: no such split")])
+def test_a_split_that_is_missing_or_empty_is_told_before_anything_is_written(split, content, error, world,
+                                                                             tmp_path):
     """Catches a run that trains for hours and then has nothing to choose the best step by."""
     shutil.copytree(world / "data", tmp_path / "data")
     file = tmp_path / f"data/bbb_Latn/{split}.tsv"
@@ -368,7 +378,7 @@ def test_a_split_that_is_missing_or_empty_is_told_before_anything_is_written(spl
     assert not (tmp_path / "runs").exists()
 
 
-# ---- real processes: one interpreter that has imported everything, and forks a child for each job -----------
+# ---- real processes: one interpreter that has imported everything, and forks a child for each job ----------
 
 FORGE = """
 import json, os, resource, sys, traceback
@@ -400,14 +410,16 @@ for line in sys.stdin:
 
 
 class Forge:
-    """Runs train.py in processes that start within milliseconds. Environment: no CUDA, no network, one thread."""
+    """Runs train.py in processes that start in milliseconds. Environment: no CUDA, no network, one thread."""
 
     def __init__(self, folder, **env):
         self.folder, self.n, self.running = folder, 0, False
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "hf"), "CUDA_VISIBLE_DEVICES": "",
+        env = {**os.environ, "OMP_NUM_THREADS": "1",
+               "HF_HOME": str(folder / "hf"), "CUDA_VISIBLE_DEVICES": "",
                "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", **env}
-        self.process = subprocess.Popen([sys.executable, "-c", FORGE.format(here=str(HERE))], stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, text=True, env=env, cwd=folder)
+        self.process = subprocess.Popen([sys.executable, "-c", FORGE.format(here=str(HERE))],
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env,
+                                        cwd=folder)
 
     def start(self, argv=(), before=""):
         """-> pid of a child that runs `before`, then train.py."""
@@ -452,14 +464,15 @@ def test_a_signal_ends_the_step_and_tells_how_to_go_on(number, world, tmp_path, 
     code, log = forge.end()
     assert code == 130 and "Traceback" not in log
     assert log.splitlines()[-1] == f"interrupted; go on with: python train.py {' '.join(args)} --resume"
-    assert [f.name for f in folder.glob("checkpoint-*")] == [f.name for f in (tmp_path / "runs/xpe-two-s11").glob(
-        "checkpoint-*")] and len(list(folder.glob("checkpoint-*"))) == 1
+    assert [f.name for f in folder.glob("checkpoint-*")] == [f.name for f in (
+        tmp_path / "runs/xpe-two-s11").glob("checkpoint-*")] and len(list(folder.glob("checkpoint-*"))) == 1
 
 
 def test_ctrl_c_outside_the_loop_is_no_traceback(world, tmp_path, forge):
     """Catches a page of traceback for a Ctrl-C while the data or the backbone is on its way."""
     pid = forge.start(command(world, tmp_path / "runs"),
-                      "import time\ntrain.load_backbone = lambda *a: (print('loading', flush=True), time.sleep(60))")
+                      "import time\n"
+                      "train.load_backbone = lambda *a: (print('loading', flush=True), time.sleep(60))")
     while not (forge.log.exists() and "loading" in forge.log.read_text()):
         time.sleep(0.01)
     os.kill(pid, signal.SIGINT)
@@ -503,9 +516,10 @@ def test_kills_at_random_moments_and_resume_end_with_the_same_bits(world, tmp_pa
 # ---- 4. hostile files --------------------------------------------------------------------------------------
 # Everything below FUZZ runs in a forked child with a limit on its memory: `fuzz` is called there by name.
 
-ODD = (None, True, False, 0, -1, 1, 7, 2 ** 31, 2 ** 63, 10 ** 30, 10 ** 5000, 0.0, -0.5, 1e308, 5e-324, float("nan"),
-       float("inf"), "", "0", "x", "nan", "None", "main", "xpe", "../../etc/passwd", "/etc/passwd", "C:\\\\con", "\0",
-       "\n", "\ud800", "\u202e\u0644", "\U0001f600" * 3, "x" * 70000, "*a", "!!python/name:os.system", [], {}, [[]],
+ODD = (None, True, False, 0, -1, 1, 7, 2 ** 31, 2 ** 63, 10 ** 30, 10 ** 5000, 0.0, -0.5, 1e308, 5e-324,
+       float("nan"), float("inf"), "", "0", "x", "nan", "None", "main", "xpe", "../../etc/passwd",
+       "/etc/passwd", "C:\\\\con", "\0", "\n", "\ud800", "\u202e\u0644", "\U0001f600" * 3, "x" * 70000, "*a",
+       "!!python/name:os.system", [], {}, [[]],
        {"": ""}, {"x": {}}, [None], ["a", "a"], list(range(50)), [0, 1] * 4)
 
 
@@ -524,10 +538,11 @@ def mutate_bytes(raw, draw):
         elif way == 3:
             del raw[i:j]
         elif way == 4:
-            raw[i:i] = draw.choice((b"\0", b'"', b"\t", b"\r", b"\n", b"\xff", b"\xef\xbb\xbf", b"[" * 3000, b"{a: " * 2000,
-                                    b"9" * 5000, b"- " * 500, b"&a [*a]", b"<<: ", b"!!int ''", b"!!float ''",
-                                    b"!!bool x", b"!!timestamp x", b"? [a]: ", b"1:" * 50 + b"1", b"!!python/none",
-                                    b"%YAML 9\n---\n", b"\xe2\x80\xa8", b"\xed\xa0\x80", b"0x_", b"1e999", b"9.9e+400"))
+            raw[i:i] = draw.choice((b"\0", b'"', b"\t", b"\r", b"\n", b"\xff", b"\xef\xbb\xbf", b"[" * 3000,
+                                    b"{a: " * 2000, b"9" * 5000, b"- " * 500, b"&a [*a]", b"<<: ",
+                                    b"!!int ''", b"!!float ''", b"!!bool x", b"!!timestamp x", b"? [a]: ",
+                                    b"1:" * 50 + b"1", b"!!python/none", b"%YAML 9\n---\n",
+                                    b"\xe2\x80\xa8", b"\xed\xa0\x80", b"0x_", b"1e999", b"9.9e+400"))
         elif way == 5:
             raw[i:i + 8] = bytes(draw.randrange(256) for _ in range(8))
         else:
@@ -586,18 +601,20 @@ def mutate_header(raw, draw):
         if not isinstance(entry, dict):
             continue
         if way == 0:
-            entry["dtype"] = draw.choice(("F64", "F16", "BF16", "I64", "I8", "U8", "BOOL", "C64", "F8_E4M3", "F8_E5M2",
-                                          "F8_E8M0", "F4", "F6_E2M3", "U64", "F32 ", ""))
+            entry["dtype"] = draw.choice(("F64", "F16", "BF16", "I64", "I8", "U8", "BOOL", "C64", "F8_E4M3",
+                                          "F8_E5M2", "F8_E8M0", "F4", "F6_E2M3", "U64", "F32 ", ""))
         elif way == 1:      # no element, and so no byte, but a huge size: what is made from the shape?
-            entry.update(shape=draw.choice(([10 ** 12, 0], [0], [0, 10 ** 9], [2 ** 40, 0, 2 ** 20])), data_offsets=[0, 0])
+            entry.update(shape=draw.choice(([10 ** 12, 0], [0], [0, 10 ** 9], [2 ** 40, 0, 2 ** 20])),
+                         data_offsets=[0, 0])
         elif way == 2:
             entry["shape"] = draw.choice(([], [32], [1, 32], [32, 32, 1], [-1], [2 ** 62, 4], [8, 4]))
         elif way == 3:
-            header[draw.choice(("prompt.linears.99999999999.x", "linears." + "9" * 5000 + ".", "__metadata__", "", f"{name}x",
-                                "head.out.weight"))] = header.pop(name)
+            header[draw.choice(("prompt.linears.99999999999.x", "linears." + "9" * 5000 + ".", "__metadata__",
+                                "", f"{name}x", "head.out.weight"))] = header.pop(name)
         elif way == 4 and len(body) >= 4:
             i = draw.randrange(len(body) // 4) * 4
-            body = body[:i] + draw.choice((b"\0\0\xc0\x7f", b"\0\0\x80\x7f", b"\xff\xff\xff\xff")) + body[i + 4:]
+            body = body[:i] + draw.choice((b"\0\0\xc0\x7f", b"\0\0\x80\x7f",
+                                           b"\xff\xff\xff\xff")) + body[i + 4:]
         else:
             mutate_tree(header, draw)
     head = dump_json(header)
@@ -610,16 +627,17 @@ def write_authors(folder, prompt):
     theirs = {}
     for name, tensor in load_file(prompt / "prompt.safetensors").items():
         name = name.replace("prompt.encoded", "prompt_encoder.xpe_embedding.weight")
-        name = name.replace("head.dense", "base_model.classifier.dense").replace("head.out", "base_model.classifier.out_proj")
+        name = name.replace("head.dense", "base_model.classifier.dense").replace(
+            "head.out", "base_model.classifier.out_proj")
         for i in range(3):
             name = name.replace(f"prompt.encoder.linears.{i}", f"prompt_encoder.xpe_head.{3 * i}")
         theirs[name] = tensor
     folder.mkdir()
     save_file(theirs, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps(dict(
-        peft_type="XPE", encoder_ratio=1.0, token_dim=32, num_virtual_tokens=4, encoder_reparameterization_type="MLP",
-        encoder_hidden_size=8, encoder_num_layers=2, encoder_dropout=0.1, encoder_num_heads=8,
-        base_model_name_or_path="FacebookAI/xlm-roberta-large")))
+        peft_type="XPE", encoder_ratio=1.0, token_dim=32, num_virtual_tokens=4,
+        encoder_reparameterization_type="MLP", encoder_hidden_size=8, encoder_num_layers=2,
+        encoder_dropout=0.1, encoder_num_heads=8, base_model_name_or_path="FacebookAI/xlm-roberta-large")))
 
 
 def fuzz_kinds(material, folder):
@@ -629,8 +647,10 @@ def fuzz_kinds(material, folder):
     import io
     base = evaluate.read_yaml
     cached = functools.lru_cache(None)(lambda path: base(path))
-    evaluate.read_yaml = lambda path: copy.deepcopy(cached(path)) if Path(path) == HERE / "config.yaml" else base(path)
-    shutil.copytree(material / "prompt", folder / "prompt"), shutil.copytree(material / "authors", folder / "authors")
+    evaluate.read_yaml = lambda path: (copy.deepcopy(cached(path)) if Path(path) == HERE / "config.yaml"
+                                       else base(path))
+    shutil.copytree(material / "prompt", folder / "prompt"), shutil.copytree(
+        material / "authors", folder / "authors")
     learner = train.Learner(folder / "prompt", 11, None, {"training": {"settings": torch.load(
         material / "prompt/checkpoint-4.pt", weights_only=True)["settings"]}})
     meta = xpe.read_json(material / "prompt/prompt.json")
@@ -644,10 +664,12 @@ def fuzz_kinds(material, folder):
 
     def checkpoint():
         settings = learner.meta["training"]["settings"]
-        optimizer = train.Optimizer(train.parameter_groups(model, settings), 1, settings["optimizer"], 1.0, False)
+        optimizer = train.Optimizer(train.parameter_groups(model, settings), 1, settings["optimizer"], 1.0,
+                                    False)
         train.load_checkpoints([learner], 4, model, optimizer, [torch.Generator()])
         state, fresh = learner.state, train.Learner(folder, 1, None, {}).state
-        assert {k: type(v) for k, v in state.items()} == {k: type(v) for k, v in fresh.items()}, "took a wrong state"
+        assert {k: type(v) for k, v in state.items()} == {
+            k: type(v) for k, v in fresh.items()}, "took a wrong state"
         assert learner.tensors is None or train.snapshot(model, 0, False).keys() == learner.tensors.keys()
         assert (folder / "prompt/metrics.jsonl").stat().st_size < 1 << 20, "metrics.jsonl was blown up"
 
@@ -670,10 +692,12 @@ def fuzz_kinds(material, folder):
     jobs = {"tsv": (folder / "train.tsv", lambda: data.read_tsv(folder / "train.tsv"), ()),
             "config.yaml": (folder / "config.yaml", config, (as_yaml,)),
             "prompt.json": (prompt / "prompt.json", lambda: xpe.load_prompt(prompt), (as_json,)),
-            "prompt.safetensors": (prompt / "prompt.safetensors", lambda: xpe.load_prompt(prompt), (mutate_header,)),
-            "adapter_config.json": (authors / "adapter_config.json", lambda: xpe.load_prompt(authors), (as_json,)),
-            "adapter_model.safetensors": (authors / "adapter_model.safetensors", lambda: xpe.load_prompt(authors),
-                                          (mutate_header,)),
+            "prompt.safetensors": (prompt / "prompt.safetensors", lambda: xpe.load_prompt(prompt),
+                                   (mutate_header,)),
+            "adapter_config.json": (authors / "adapter_config.json", lambda: xpe.load_prompt(authors),
+                                    (as_json,)),
+            "adapter_model.safetensors": (authors / "adapter_model.safetensors",
+                                          lambda: xpe.load_prompt(authors), (mutate_header,)),
             "checkpoint": (prompt / "checkpoint-4.pt", checkpoint, (as_state,))}
     raws = {"tsv": material / "train.tsv", "config.yaml": material / "config.yaml"}
     return {kind: ((raws.get(kind) or material / path.relative_to(folder)).read_bytes(), path, read, ways)
@@ -756,20 +780,22 @@ def material(world, tmp_path_factory):
     shutil.copy(root / "kept/checkpoint-4.pt", root / "prompt")
     write_authors(root / "authors", root / "prompt")
     (root / "config.yaml").write_text(CONFIG)
-    (root / "train.tsv").write_text("index_id\tcategory\ttext\n1\ttravel\tA road.\n2\tsports\t\"He said \"\"goal\"\"\"\n"
+    (root / "train.tsv").write_text("index_id\tcategory\ttext\n1\ttravel\tA road.\n"
+                                    "2\tsports\t\"He said \"\"goal\"\"\"\n"
                                     "3\thealth\t\u00e9t\u00e9 \u4f60\u597d\n", "utf-8")
     return root
 
 
-FUZZ = {"tsv": 1500, "config.yaml": 200, "prompt.json": 500, "prompt.safetensors": 500, "adapter_config.json": 500,
-        "adapter_model.safetensors": 500, "checkpoint": 400}
+FUZZ = {"tsv": 1500, "config.yaml": 200, "prompt.json": 500, "prompt.safetensors": 500,
+        "adapter_config.json": 500, "adapter_model.safetensors": 500, "checkpoint": 400}
 
 
 @pytest.mark.parametrize("kind", FUZZ)
 def test_a_hostile_file_is_read_or_refused_in_one_line(kind, material, forge, tmp_path):
     """Catches a file that ends in a traceback, a hang, a huge allocation or a message that names no file."""
     count = int(os.environ.get("XPE_FUZZ", 0)) * FUZZ[kind] // sum(FUZZ.values()) or FUZZ[kind]
-    call = f"import sys; import {Path(__file__).stem} as t; t.fuzz({str(material)!r}, {str(tmp_path / 'f')!r}, {kind!r}, " \
+    call = f"import sys; import {Path(__file__).stem} as t; " \
+           f"t.fuzz({str(material)!r}, {str(tmp_path / 'f')!r}, {kind!r}, " \
            f"{count}, 1, {str(tmp_path / 'said.json')!r}); sys.exit(0)"
     code, log = forge.run(before=call)
     assert code == 0, log
@@ -787,16 +813,19 @@ def test_a_hostile_file_is_read_or_refused_in_one_line(kind, material, forge, tm
     ("config.yaml", f"train: {{rate: 9{':59' * 200}.5}}", "not readable as YAML|train.rate"),
     ("config.yaml", f"train: {{steps: 0x{'f' * 9000}}}", "config.yaml"),
     ("config.yaml", f"0x{'f' * 9000}: 1", "config.yaml"),
-    ("config.yaml", "groups: {a0: [x], " + ", ".join(f"a{i + 1}: [a{i}, a{i}]" for i in range(60)) + "}", "groups.[ax]"),
+    ("config.yaml", "groups: {a0: [x], " + ", ".join(f"a{i + 1}: [a{i}, a{i}]" for i in range(60)) + "}",
+     "groups.[ax]"),
     ("config.yaml", "groups: {" + ", ".join(f"a{i}: [a{i + 1}]" for i in range(2000)) + "}", "groups.a"),
-    ("config.yaml", "train: {steps: !!python/object/apply:os.system ['touch marker']}", "could not determine a constructor"),
+    ("config.yaml", "train: {steps: !!python/object/apply:os.system ['touch marker']}",
+     "could not determine a constructor"),
     ("config.yaml", "a: &a [1]\nb: *a", "aliases"),
     ("config.yaml", "[" * 100000, "not readable as YAML"),
-    ("config.yaml", "x" * (1 << 20) + "y", "larger than"), ("config.yaml", "{a: " * 50000, "not readable as YAML"),
+    ("config.yaml", "x" * (1 << 20) + "y", "larger than"),
+    ("config.yaml", "{a: " * 50000, "not readable as YAML"),
     ("prompt.json", "[" * 100000, "not readable as JSON"), ("prompt.json", "[]", "no JSON object"),
     ("prompt.json", '{"format": 1' + " " * (4 << 20) + "}", "larger than 4 MB")])
 def test_a_file_that_was_made_to_hurt_is_refused(kind, content, error, tmp_path):
-    """Catches what chance does not find: PyYAML's own exceptions, numbers too long to print, groups that double."""
+    """Catches what chance misses: PyYAML's own exceptions, numbers too long to print, groups that double."""
     file = tmp_path / kind
     file.write_text(content)
     start = time.time()
@@ -812,11 +841,13 @@ def test_a_file_that_was_made_to_hurt_is_refused(kind, content, error, tmp_path)
 
 
 @pytest.mark.parametrize("change, error", [
-    (dict(encoder_reparameterization_type=["MLP"]), "adapter_config.json"), (dict(encoder_ratio="1"), "adapter_config.json"),
-    (dict(token_dim=10 ** 9), "adapter_config.json"), (dict(encoder_num_layers=10 ** 9), "adapter_config.json"),
+    (dict(encoder_reparameterization_type=["MLP"]), "adapter_config.json"),
+    (dict(encoder_ratio="1"), "adapter_config.json"),
+    (dict(token_dim=10 ** 9), "adapter_config.json"),
+    (dict(encoder_num_layers=10 ** 9), "adapter_config.json"),
     ("huge", "adapter_config.json|adapter_model"), ("index", "adapter_config.json|adapter_model")])
 def test_a_released_prompt_that_was_made_to_hurt_is_refused(change, error, material, tmp_path):
-    """Catches a list of 10^12 labels made from a tensor without a byte, and a type that cannot be looked up."""
+    """Catches a list of 10^12 labels from a tensor without a byte, and a type that cannot be looked up."""
     from safetensors.torch import load_file, save_file
     folder = tmp_path / "authors"
     shutil.copytree(material / "authors", folder)
@@ -866,8 +897,10 @@ def test_a_pickle_is_refused_wherever_it_stands_and_never_run(wrapped, material,
     shutil.copytree(material / "prompt", copies[0]), shutil.copytree(material / "authors", copies[1])
     shutil.copytree(world / "data", copies[2]), shutil.copytree(material / "prompt", copies[3])
     run, authors, corpus, _ = copies
-    read = {run / "prompt.json": lambda: xpe.load_prompt(run), run / "prompt.safetensors": lambda: xpe.load_prompt(run),
-            run / "config.yaml": lambda: evaluate.Run(run), authors / "adapter_config.json": lambda: xpe.load_prompt(authors),
+    read = {run / "prompt.json": lambda: xpe.load_prompt(run),
+            run / "prompt.safetensors": lambda: xpe.load_prompt(run),
+            run / "config.yaml": lambda: evaluate.Run(run),
+            authors / "adapter_config.json": lambda: xpe.load_prompt(authors),
             authors / "adapter_model.safetensors": lambda: xpe.load_prompt(authors),
             run / "backbone.safetensors": lambda: xpe.read_tensors(run / "backbone.safetensors"),
             corpus / "aaa_Latn/train.tsv": lambda: data.Corpus(corpus).read("aaa_Latn", "train"),
@@ -894,7 +927,8 @@ def test_code_that_comes_with_a_backbone_is_not_run(world, material, tmp_path, f
     evil = tmp_path / "evil"
     shutil.copytree(world / "backbone", evil)
     marker, config = tmp_path / "marker", json.loads((evil / "config.json").read_text())
-    config |= {"model_type": "evil", "auto_map": {"AutoConfig": "code.EvilConfig", "AutoModel": "code.EvilModel"}}
+    config |= {"model_type": "evil",
+               "auto_map": {"AutoConfig": "code.EvilConfig", "AutoModel": "code.EvilModel"}}
     config.pop("architectures", None)
     (evil / "config.json").write_text(json.dumps(config))
     (evil / "code.py").write_text(f"""
@@ -908,7 +942,8 @@ class EvilModel(XLMRobertaModel):
 """)
     shutil.copytree(material / "prompt", tmp_path / "run")
     meta = json.loads((tmp_path / "run/prompt.json").read_text())
-    (tmp_path / "run/prompt.json").write_text(json.dumps(meta | {"backbone": meta["backbone"] | {"name": str(evil)}}))
+    (tmp_path / "run/prompt.json").write_text(json.dumps(
+        meta | {"backbone": meta["backbone"] | {"name": str(evil)}}))
     own = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
     own["backbone"]["trust_remote_code"] = True
     (tmp_path / "run/config.yaml").write_text(yaml.safe_dump(own))
@@ -920,8 +955,8 @@ class EvilModel(XLMRobertaModel):
                                  "data.run_main(evaluate.main)")
     assert not marker.exists(), "a run's own config.yaml made us run its code"
     assert code == 2 and "Traceback" not in log, log
-    code, log = forge.run(command(world, tmp_path / "runs", "--backbone", evil, "--steps", "2", "--seeds", "11",
-                                  "--set", "backbone.trust_remote_code=true"))
+    code, log = forge.run(command(world, tmp_path / "runs", "--backbone", evil, "--steps", "2",
+                                  "--seeds", "11", "--set", "backbone.trust_remote_code=true"))
     assert code == 0 and marker.exists(), log       # and whoever says so gets it
 
 
@@ -934,9 +969,9 @@ def make_hub(root):
     """A server that answers as huggingface.co does, or as it should not: the owner's name says how.
 
     ok, slow; drop: each file breaks off half-way once; busy: each path answers 429 once; short, altered: the
-    content is cut, or changed at equal size (altered-once: only at the first time); locked 401 gated, denied 403,
+    content is cut, or changed at equal size (altered-once: only at first); locked 401 gated, denied 403,
     gone 404, broken 500; partly: files of the third language are never served; dead: a connection that ends;
-    old: a backbone without safetensors; silent: nothing is ever answered, mute: only the list of files is not,
+    old: a backbone without safetensors; silent: nothing is answered, mute: only the list of files is not,
     stall: files stop half-way for good.
     """
     import hashlib
@@ -977,14 +1012,15 @@ def make_hub(root):
             how, name, rest = parts[0], "/".join(parts[:2]), parts[2:]
             first = (self.command, path) not in self.server.count
             self.server.count.add((self.command, path))
-            refuse = {"locked": (401, "GatedRepo"), "denied": (403, "GatedRepo"), "gone": (404, "RepoNotFound"),
-                      "broken": (500, "")}
+            refuse = {"locked": (401, "GatedRepo"), "denied": (403, "GatedRepo"),
+                      "gone": (404, "RepoNotFound"), "broken": (500, "")}
             if how == "dead":
                 return self.close()
             if self.server.silent or how == "silent" or (how == "mute" and api and rest[:1] == ["tree"]):
                 return self.hold()
             if how in refuse:
-                return self.answer(refuse[how][0], b"{}", X_Error_Code=refuse[how][1], X_Error_Message=f"{how} by the test")
+                return self.answer(refuse[how][0], b"{}", X_Error_Code=refuse[how][1],
+                                   X_Error_Message=f"{how} by the test")
             if how == "busy" and first:
                 return self.answer(429, b"too many requests")
             if how == "slow":
@@ -1001,13 +1037,14 @@ def make_hub(root):
                 tree = [{"type": "file", "path": n, "size": len(c), "oid": oid[n]} for n, c in files.items()]
                 return self.answer(200, json.dumps(tree).encode(), Content_Type="application/json")
             if api:
-                info = {"id": name, "sha": COMMIT, "private": False, "gated": False, "disabled": False, "tags": [],
-                        "siblings": [{"rfilename": n} for n in files]}
+                info = {"id": name, "sha": COMMIT, "private": False, "gated": False, "disabled": False,
+                        "tags": [], "siblings": [{"rfilename": n} for n in files]}
                 return self.answer(200, json.dumps(info).encode(), Content_Type="application/json")
             file = "/".join(rest[2:])
             if rest[:1] != ["resolve"] or file not in files:
                 return self.answer(404, b"", X_Error_Code="EntryNotFound", X_Repo_Commit=COMMIT)
-            content, head = files[file], {"ETag": f'"{oid[file]}"', "X_Repo_Commit": COMMIT, "Accept_Ranges": "bytes"}
+            content, head = files[file], {"ETag": f'"{oid[file]}"', "X_Repo_Commit": COMMIT,
+                                          "Accept_Ranges": "bytes"}
             if self.command == "GET":
                 if how == "partly" and "ccc_Latn" in file:
                     return self.answer(404, b"", X_Error_Code="EntryNotFound", X_Repo_Commit=COMMIT)
@@ -1062,8 +1099,8 @@ data.HUB_TIMEOUT = 0.5
 
 def from_hub(world, out, data, backbone, *more):
     """Arguments of train.py with hub names."""
-    return command(world, out, "--data", f"{data}/sib", "--backbone", f"{backbone}/tiny", "--steps", "4", "--seeds", "11",
-                   "--set", "train.evaluate_every=2", *more)
+    return command(world, out, "--data", f"{data}/sib", "--backbone", f"{backbone}/tiny", "--steps", "4",
+                   "--seeds", "11", "--set", "train.evaluate_every=2", *more)
 
 
 def one_line(code, log, *words):
@@ -1075,8 +1112,9 @@ def one_line(code, log, *words):
 
 @pytest.mark.parametrize("how", ["ok", "slow", "drop", "busy", "altered-once", "old"])
 def test_a_run_from_the_hub_is_the_run_from_disk(how, world, tmp_path, forge, hub):
-    """Catches a download that is not what was asked for, passing trouble that ends a run, and files fetched one by one."""
-    local = command(world, tmp_path / "disk", "--steps", "4", "--seeds", "11", "--set", "train.evaluate_every=2")
+    """Catches a wrong download, passing trouble that ends a run, and files fetched one by one."""
+    local = command(world, tmp_path / "disk", "--steps", "4", "--seeds", "11",
+                    "--set", "train.evaluate_every=2")
     assert train.main(local) == 0
     hub.seen.clear()
     code, log = forge.run(from_hub(world, tmp_path / "hub", how, how), QUICK)
@@ -1091,19 +1129,21 @@ def test_a_run_from_the_hub_is_the_run_from_disk(how, world, tmp_path, forge, hu
     assert meta["backbone"]["revision"] == meta["data"]["revision"] == COMMIT
     if how == "ok":
         assert len([x for x in hub.seen if x.startswith("api/datasets")]) <= 3
-        code, log = forge.run(from_hub(world, tmp_path / "warm", how, how), "import huggingface_hub.constants as c\n"
-                              "c.HF_HUB_OFFLINE = True")
+        code, log = forge.run(from_hub(world, tmp_path / "warm", how, how),
+                              "import huggingface_hub.constants as c\nc.HF_HUB_OFFLINE = True")
         assert code == 0, log
-        assert (tmp_path / "warm/xpe-two-s11/prompt.safetensors").read_bytes() == (a / "prompt.safetensors").read_bytes()
+        assert (tmp_path / "warm/xpe-two-s11/prompt.safetensors").read_bytes() == (
+            a / "prompt.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("data, words", [
-    ("locked", ["locked/sib", "hf auth login"]), ("denied", ["denied/sib", "hf auth login"]), ("gone", ["gone/sib"]),
-    ("broken", ["broken/sib"]), ("dead", ["dead/sib"]), ("short", ["short/sib"]), ("altered", ["altered/sib"]),
+    ("locked", ["locked/sib", "hf auth login"]), ("denied", ["denied/sib", "hf auth login"]),
+    ("gone", ["gone/sib"]), ("broken", ["broken/sib"]), ("dead", ["dead/sib"]), ("short", ["short/sib"]),
+    ("altered", ["altered/sib"]),
     ("partly", ["partly/sib"]), ("silent", ["silent/sib", "timed out"]), ("mute", ["mute/sib", "timed out"]),
     ("stall", ["stall/sib", "timed out"])])
 def test_a_dataset_that_cannot_be_had_is_told_in_one_line(data, words, world, tmp_path, forge, hub):
-    """Catches a traceback, endless retries or silence, and a broken or partial download taken for a good one, now or later."""
+    """Catches a traceback, endless retries or silence, and a bad download taken for good, now or later."""
     hasty = "huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT = 0.05" if data == "stall" else ""
     code, log = forge.run(from_hub(world, tmp_path / "runs", data, "ok"), QUICK + hasty)
     one_line(code, log, *words, "--data FOLDER")
@@ -1125,7 +1165,8 @@ def test_a_hub_that_falls_silent_leaves_what_was_downloaded_in_use(world, tmp_pa
 
 
 @pytest.mark.parametrize("backbone, words", [
-    ("locked", ["hf auth login"]), ("denied", ["hf auth login"]), ("gone", ["gone/tiny"]), ("broken", ["broken/tiny"]),
+    ("locked", ["hf auth login"]), ("denied", ["hf auth login"]),
+    ("gone", ["gone/tiny"]), ("broken", ["broken/tiny"]),
     ("dead", ["dead/tiny", "--backbone"]), ("short", ["short/tiny"]), ("altered", ["altered/tiny"]),
     ("silent", ["silent/tiny", "timed out"]), ("mute", ["mute/tiny", "timed out"])])
 def test_a_backbone_that_cannot_be_had_is_told_in_one_line(backbone, words, world, tmp_path, forge, hub):
@@ -1139,12 +1180,14 @@ def test_a_backbone_that_cannot_be_had_is_told_in_one_line(backbone, words, worl
 
 @pytest.mark.parametrize("limit", [3000, 9000, 20000, 60000])
 def test_a_disk_that_fills_up_costs_one_line_and_no_work(limit, world, tmp_path, forge):
-    """Catches a traceback from a failed write, a checkpoint torn by it, and debris that fills the disk for good."""
-    args = command(world, tmp_path / "often", "--steps", "12", "--seeds", "11-12", "--set", "train.evaluate_every=1")
+    """Catches a traceback from a failed write, a checkpoint torn by it, and debris that keeps a disk full."""
+    args = command(world, tmp_path / "often", "--steps", "12", "--seeds", "11-12",
+                   "--set", "train.evaluate_every=1")
     if not (world / "once").exists():
         assert train.main([*args, "--out", str(world / "once")]) == 0
     # no file may grow beyond the limit: RLIMIT_FSIZE gives EFBIG where a full disk gives ENOSPC
-    code, log = forge.run(args, f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))")
+    code, log = forge.run(args,
+                          f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))")
     if code:
         one_line(code, log, "File too large")
         assert "xpe-two-s1" in log.splitlines()[-1]     # which file
@@ -1162,16 +1205,18 @@ def test_a_full_disk_leaves_the_last_checkpoint(step, world, tmp_path, monkeypat
     real, args = os.fsync, command(world, tmp_path, "--seeds", "11-12", "--steps", "12")
 
     def full(handle):
-        if f"checkpoint-{step}" in os.readlink(f"/proc/self/fd/{handle}") and "s12" in os.readlink(f"/proc/self/fd/{handle}"):
+        if f"checkpoint-{step}" in os.readlink(f"/proc/self/fd/{handle}") and "s12" in os.readlink(
+                f"/proc/self/fd/{handle}"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(handle)
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match=rf"checkpoint-{step}.pt.*No space left|No space left.*checkpoint-{step}.pt"):
+    with pytest.raises(OSError,
+                       match=rf"checkpoint-{step}.pt.*No space left|No space left.*checkpoint-{step}.pt"):
         train.main(args)
     monkeypatch.undo()
     left = sorted(str(f.relative_to(tmp_path)) for f in tmp_path.rglob("*checkpoint*"))
-    assert left == ["xpe-two-s11/checkpoint-4.pt"] + (["xpe-two-s11/checkpoint-8.pt", "xpe-two-s12/checkpoint-4.pt"] * (
-        step == 8))
+    assert left == ["xpe-two-s11/checkpoint-4.pt"] + (
+        ["xpe-two-s11/checkpoint-8.pt", "xpe-two-s12/checkpoint-4.pt"] * (step == 8))
     seen = []
     real_step = train.Optimizer.step
     monkeypatch.setattr(train.Optimizer, "step", lambda self, n, f: (seen.append(n), real_step(self, n, f)))
@@ -1209,10 +1254,10 @@ def test_processes_that_share_the_seeds_do_not_refuse_each_others_folders(world,
 
 @pytest.mark.skipif(not shutil.which("torchrun", path=str(Path(sys.executable).parent)), reason="no torchrun")
 def test_a_process_that_dies_under_torchrun_costs_nothing(world, tmp_path):
-    """Catches a job that goes on without the dead process's learners, siblings without a checkpoint, a command
-    to go on with that deals the learners otherwise."""
-    args = command(world, tmp_path / "often", "--seeds", "11-14", "--steps", "300", "--set", "train.evaluate_every=20",
-                   "--set", "train.checkpoint_every=20")
+    """Catches a job that goes on without the dead process's learners, siblings without a checkpoint, a
+    command to go on with that deals the learners otherwise."""
+    args = command(world, tmp_path / "often", "--seeds", "11-14", "--steps", "300",
+                   "--set", "train.evaluate_every=20", "--set", "train.checkpoint_every=20")
     job = [str(Path(sys.executable).parent / "torchrun"), "--nproc_per_node=2", str(HERE / "train.py"), *args]
     env = dict(os.environ, OMP_NUM_THREADS="1")
     with subprocess.Popen(job, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env) as p:
@@ -1237,15 +1282,17 @@ def test_a_process_that_dies_under_torchrun_costs_nothing(world, tmp_path):
     assert bits(tmp_path / "often") == bits(tmp_path / "once")
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
-                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to ...")])
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to ...")])
 def test_too_many_learners_at_once_say_which_setting_to_lower(world, tmp_path, monkeypatch, error):
     """Catches a traceback when memory runs out; a run that cannot go on after the setting was lowered."""
     with monkeypatch.context() as patch:
         patch.setattr(xpe.ClassificationHead, "forward", lambda self, x: (_ for _ in ()).throw(error)
                       if self.training else torch.randn(len(x), x.shape[1], self.config["classes"]))
-        with pytest.raises(ValueError, match="out of memory with 3 learners of 4 sentences: lower train.learners_at"):
+        with pytest.raises(ValueError,
+                           match="out of memory with 3 learners of 4 sentences: lower train.learners_at"):
             train.main(command(world, tmp_path / "runs"))
     at_step(monkeypatch, {10: signal.SIGINT})
-    assert train.main(command(world, tmp_path / "runs", "--resume")) == 130             # three again, then two
+    assert train.main(command(world, tmp_path / "runs", "--resume")) == 130         # three again, then two
     assert train.main(command(world, tmp_path / "runs", "--resume", "--set", "train.learners_at_once=2")) == 0

@@ -372,7 +372,8 @@ def test_any_backbone(kind):
         close(plain, logits, 1e-5)
         mine = [*prompt.parameters()]
         close(torch.cat([g.flatten() for g in torch.autograd.grad(plain.logsumexp(1).sum(), mine)]),
-              torch.cat([g.flatten() for g in torch.autograd.grad(model(*batch).logsumexp(1).sum(), mine)]), 1e-4)
+              torch.cat([g.flatten() for g in torch.autograd.grad(model(*batch).logsumexp(1).sum(), mine)]),
+              1e-4)
     other = model(batch[0].roll(1, 0), batch[1].roll(1, 0))
     assert (other - logits).abs().min(1).values.max() > 1e-4    # the text matters
     model.train()(*batch).logsumexp(1).sum().backward()
@@ -400,7 +401,8 @@ def test_what_does_not_fit_is_refused():
             (lambda: xpe.SoftPrompt(16, ratio=-0.1), "ratio: -0.1 of 20"),
             (lambda: xpe.SoftPrompt(16, layers=0), "layers cannot be 0"),
             (lambda: xpe.SoftPrompt(16, layers=65), "layers cannot be 65, only range.1, 65."),
-            (lambda: xpe.SoftPrompt(0), "width cannot be 0"), (lambda: xpe.SoftPrompt(16, hidden=-1), "hidden cannot"),
+            (lambda: xpe.SoftPrompt(0), "width cannot be 0"),
+            (lambda: xpe.SoftPrompt(16, hidden=-1), "hidden cannot"),
             (lambda: xpe.ClassificationHead(16, 0), "head.classes cannot be 0"),
             (lambda: xpe.ClassificationHead(16, 7, 1.5), "dropout cannot be 1.5"),
             (lambda: xpe.SoftPrompt(16, length=1, ratio=0.5), "ratio: 0.5 of 1 rows is no share"),
@@ -409,7 +411,8 @@ def test_what_does_not_fit_is_refused():
             (lambda: xpe.SoftPrompt(16, encoder="mpl"), "encoder cannot be 'mpl', only .'mlp', 'lstm', 'att"),
             (lambda: xpe.SoftPrompt(16, encoder="attention", heads=5), "5 attention heads do not divide a"),
             (lambda: xpe.SoftPrompt(16, encoder="attention", heads=0), "0 attention heads do not divide"),
-            (lambda: xpe.PromptedClassifier(backbone, None, head, "cls"), "reads cannot be 'cls', only .'prompt', 'first'"),
+            (lambda: xpe.PromptedClassifier(backbone, None, head, "cls"),
+             "reads cannot be 'cls', only .'prompt', 'first'"),
             (lambda: xpe.PromptedClassifier(backbone, xpe.SoftPrompt(8), head), "8 and 16 do .* 16 and 16"),
             (lambda: xpe.stack([xpe.SoftPrompt(16), xpe.SoftPrompt(16, 10)]), "of one configuration")]:
         with pytest.raises(ValueError, match=message):
@@ -798,7 +801,8 @@ def test_labels_file(tmp_path):
     assert corpus.labels == ("zebra", "ant") and [s.label for s in corpus.read("eng_Latn", "train")] == [0, 1]
     for content, message in [("ant\nzebra\n", r"eng_Latn.labels\.txt: other labels than .*labels\.txt"),
                              ("ant\nant\n", r"labels\.txt: must name two or more labels, each once"),
-                             ("ant\n", "two or more"), (b"ok\n\xff\n", r"labels\.txt:2: no UTF-8 text \(byte 0xff\)")]:
+                             ("ant\n", "two or more"),
+                             (b"ok\n\xff\n", r"labels\.txt:2: no UTF-8 text \(byte 0xff\)")]:
         tsv(tmp_path / "labels.txt", content)
         with pytest.raises(ValueError, match=message):
             data.Corpus(tmp_path)
@@ -1247,7 +1251,8 @@ def wrapped(folder):
     """Rewrite the names of its tensors as a PeftModel's own state has them."""
     from safetensors.torch import load_file, save_file
     tensors = load_file(folder / "adapter_model.safetensors")
-    for theirs, longer in ("base_model.", "base_model.model."), ("prompt_encoder.", "prompt_encoder.default."):
+    for theirs, longer in (("base_model.", "base_model.model."),
+                           ("prompt_encoder.", "prompt_encoder.default.")):
         tensors = {name.replace(theirs, longer): t for name, t in tensors.items()}
     save_file(tensors, folder / "adapter_model.safetensors")
 
