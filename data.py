@@ -17,6 +17,7 @@ import re
 import sys
 import time
 from collections import namedtuple
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -132,11 +133,13 @@ def fingerprint(sentences):
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def verify(folder):
+def verify(folder, patterns):
     """Compare the files of a snapshot with their hashes, which name them in the cache; the hub's client
-    compares sizes only. ConnectionError if any differ; they are removed, so that they are fetched anew."""
+    compares sizes only. ConnectionError if one that was asked for differs; such files are removed, so that
+    they are fetched anew."""
     damaged = 0
-    for file in (f.resolve() for f in folder.rglob("*") if f.is_symlink()):
+    wanted = (f for f in folder.rglob("*") if any(fnmatch(f.relative_to(folder), p) for p in patterns))
+    for file in (f.resolve() for f in wanted if f.is_symlink()):
         git, large = len(file.name) == 40, len(file.name) == 64     # git's hash, or a large file's
         digest = hashlib.sha1(b"blob %d\0" % file.stat().st_size) if git else hashlib.sha256()
         with file.open("rb") as f:
@@ -169,7 +172,7 @@ def download(name, revision, kind, patterns):
                 hooks.append(bound)
             folder = Path(huggingface_hub.snapshot_download(
                 name, repo_type=kind, revision=revision, max_workers=4, allow_patterns=patterns))
-            verify(folder)
+            verify(folder, patterns)
             return folder
         except Exception as e:      # the client's own, httpx's, requests' and the system's errors
             # what the server said may stand in the cause of a LocalEntryNotFoundError
@@ -178,9 +181,10 @@ def download(name, revision, kind, patterns):
                        or any(a.status_code in (408, 429, 500, 502, 503, 504) for a in answers))
             if wait is None or not passing:
                 line = (str(e).strip() or "no answer").splitlines()[0][:160]
+                hint = ("offline? --data FOLDER and --backbone FOLDER take a copy; "
+                        "private or gated? `hf auth login` first")
                 raise FileNotFoundError(f"cannot get the {kind} {name} (revision {revision}) from the hub: "
-                                        f"{type(e).__name__}: {line} (offline? --data FOLDER, --backbone FOLDER "
-                                        "take a copy; private or gated? `hf auth login` first)") from None
+                                        f"{type(e).__name__}: {line} ({hint})") from None
             time.sleep(wait)
 
 
@@ -192,7 +196,7 @@ def locate(name, revision="main"):
     if folder:
         revision = "local"
     elif re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name)):
-        folder = download(name, revision, "dataset", ["data/*/*.tsv", "data/*/labels.txt"])
+        folder = download(name, revision, "dataset", ["data/*.tsv", "data/*labels.txt"])
         revision = folder.name
     else:
         raise FileNotFoundError(f"data.name: {str(name)!r} is neither a folder nor a dataset on the hub")
@@ -286,8 +290,9 @@ def run_main(main):
     except BrokenPipeError:                     # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
-    except (ValueError, OSError) as e:
-        print(f"error: {' '.join(str(e).split())[:1000]}", file=sys.stderr)
+    except (ValueError, OSError, torch.OutOfMemoryError) as e:
+        hint = "; lower evaluate.tokens in config.yaml" * isinstance(e, torch.OutOfMemoryError)
+        print(f"error: {' '.join(str(e).split())[:1000]}{hint}", file=sys.stderr)
         code = 2
     sys.exit(code)
 

@@ -81,8 +81,6 @@ def _merge(base, new, schema, path=""):
         elif isinstance(schema[key], dict):
             if not isinstance(value, dict):
                 raise ValueError(f"{name} is a section, not the value {value!r}")
-            if key == "targets":                    # a file that names targets names all of them
-                base[key].clear()
             _merge(base[key], value, schema[key], f"{name}.")
         else:
             base[key] = _typed(value, schema[key], name)
@@ -128,6 +126,8 @@ def load_config(path=None, settings=()):
             value = {part: value}
         layers.append((f"--set {setting}", value))
     for where, layer in layers:
+        if where == path and isinstance(layer.get("targets"), dict):    # a file that names some names all
+            config["targets"].clear()
         try:
             _merge(config, layer, {**config, "adapt": own, "full": own})
         except ValueError as e:
@@ -283,6 +283,12 @@ def group_means(scores, config, sources):
 
 # ---- runs -------------------------------------------------------------------------------------------------
 
+def method_name(kind, prompt):
+    """The name of a method in tables and folders: xpe, dual30, xpe-lstm ..."""
+    name = f"dual{round(100 * prompt['ratio'])}" if kind == "dual" else kind
+    return f"{name}-{prompt['encoder']}" if kind in ("dual", "xpe") and prompt["encoder"] != "mlp" else name
+
+
 class Run:
     """A trained prompt with everything needed to use it. Raises as xpe.load_prompt and load_config do."""
 
@@ -304,13 +310,19 @@ class Run:
             seed = re.search(r"seed-0*(\d+)", self.name)
             self.meta |= {"sources": resolve_group(self.config, "seen" if "-seen" in self.name else "joshi5"),
                           "seed": int(seed[1]) if seed else 1}
+            if not re.search("-(seen|joshi5)", self.name):
+                warn(f"{self.name}: its name says no source group, taken as joshi5")
+        if self.released or not Path(where).is_dir():       # not ours to write to
             self.results = Path("runs") / self.name
         self.sources = self.meta.get("sources")
         if not isinstance(self.sources, list) or not all(isinstance(s, str) for s in self.sources):
             raise ValueError(f"{folder / 'prompt.json'}: 'sources' must be a list of language codes")
         self.config["backbone"]["trust_remote_code"] = trust    # ours to say, never the run's own file's
-        own = self.config["train"] | (self.meta["training"].get("settings") or {})
-        self.numerics = own["amp"], own["frozen_weights"]
+        own = self.meta["training"].get("settings") or {}
+        if not isinstance(own, dict):
+            raise ValueError(f"{folder / 'prompt.json'}: 'settings' must be an object")
+        self.numerics = tuple(_typed(own.get(key, self.config["train"][key]), "", f"{folder}: train.{key}")
+                              for key in ("amp", "frozen_weights"))
         met = self.meta.get("data") if isinstance(self.meta.get("data"), dict) else {}
         for section, name, then in ("backbone", backbone, self.meta["backbone"]), ("data", data, met):
             self.config[section] |= {"name": name, "revision": "main"} if name else {
@@ -458,7 +470,7 @@ def table(run, rows, every_language=True):
     return "\n".join(lines)
 
 
-def report_scores(runs, split, languages, device, out=None, whole=True, show=True):
+def report_scores(runs, split, languages, device, out=None, show=True):
     """Score runs -> rows of each; print tables; write files, of a part of the languages only with `out`."""
     done = {}
     for run in runs:
@@ -476,10 +488,11 @@ def report_scores(runs, split, languages, device, out=None, whole=True, show=Tru
             n, done[run.name] = n + sum(r["n"] for r in rows), rows
             if show:
                 print(table(run, rows, every_language=len(runs) < 4))
-            if out or whole:
+            if out or not languages:
                 folder = Path(out) / run.name if out else run.results
                 write_scores(run, split, rows, predictions, identity, folder)
-                print(f"  {folder}/{split}.csv, .json, _predictions.csv" if show else "", end="\n" * show)
+                if show:
+                    print(f"  {folder}/{split}.csv, .json, _predictions.csv")
         print(f"{n:,} sentences in {seconds:.1f} s, loading included\n")
     return [done[run.name] for run in runs]
 
@@ -541,7 +554,7 @@ def main(argv=None):
             if group not in runs[0].config["groups"]:
                 raise ValueError(f"--groups: no group {group!r}{nearest(group, runs[0].config['groups'])}")
             languages += [c for c in resolve_group(runs[0].config, group) if c not in languages]
-        report_scores(runs, args.split, languages, device, args.out, whole=not languages)
+        report_scores(runs, args.split, languages, device, args.out)
     return 0
 
 

@@ -4,7 +4,7 @@ The paper's section "Results". It works from what `evaluate.py RUN...` left in e
 backbone or corpus; all is recomputed from the predictions; what is missing is said.
 
     python evaluate.py runs/* --report --compare xpe spt --plot gain.png --out report
-    |    xpe| joshi5|  3|    63,271| 56.6 ± 1.0|     22.9 ± 0.3| 32.8 ± 0.2| ...    (sample/backbone, SIB-200)
+    |    xpe| joshi5|  3|    63,271| 56.7 ± 0.4|     23.4 ± 0.3| 33.2 ± 0.5| ...    (sample/backbone, SIB-200)
 """
 import csv
 from collections import Counter
@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from data import nearest
-from evaluate import HERE, accuracy, group_means, load_config, resolve_group, to_csv, warn
+from evaluate import HERE, accuracy, group_means, load_config, method_name, resolve_group, to_csv, warn
 from xpe import read_json, write_atomic
 
 # paper: XLM-R-large, zero-shot, mean over languages and 10 seeds; what stays away is not known here
@@ -42,9 +42,7 @@ def read_run(folder, split, config, gold):
     absent = {"adapted_to": "", "adapted_from": "", "training": {}, "prompt": {"encoder": "mlp"}}
     r = SimpleNamespace(**absent | read_json(folder / "prompt.json"))
     r.name, r.hits, r.scores = folder.resolve().name, {}, {}
-    r.method = f"dual{round(100 * r.prompt['ratio'])}" if r.kind == "dual" else r.kind
-    if r.kind in ("dual", "xpe") and r.prompt["encoder"] != "mlp":
-        r.method += f"-{r.prompt['encoder']}"
+    r.method = method_name(r.kind, r.prompt)
     r.source = next((group for group in config["groups"] if {*resolve_group(config, group)} == {*r.sources}),
                     "+".join(r.sources))
     for c, rows in groupby(read_csv(folder / f"{split}_predictions.csv"), lambda row: row["language"]):
@@ -101,8 +99,11 @@ def averages(runs, say):
             row["languages"] = " ".join(languages) if len(languages) < 4 else len(languages)
         else:
             row["trainable"] = own[0].training.get("trainable")
-            if any(r.training.get("settings") != own[0].training.get("settings") for r in own):
-                say(f"{method} {source}: its runs differ in their settings, and are averaged all the same")
+            settings = [r.training.get("settings") or {} for r in own]
+            mixed = {k for s in settings for k in s if s[k] != settings[0].get(k)}
+            mixed = ", ".join(sorted(mixed - {"learners_at_once", "tokens"}))
+            if mixed:
+                say(f"{method} {source}: its runs differ in {mixed}, and are averaged all the same")
         for name in own[0].figures:
             values = [np.mean([r.figures[name] for r in own if r.seed == seed]) for seed in seeds]
             row[name] = float(np.mean(values))
@@ -234,8 +235,10 @@ def main(args):
     for folder in map(Path, args.runs):
         try:
             runs.append(read_run(folder, args.split, config, gold))
-        except FileNotFoundError as e:
-            say(f"{folder}: left out, no {Path(e.filename).name}; python evaluate.py {folder} scores it")
+        except (FileNotFoundError, NotADirectoryError) as e:
+            name = Path(e.filename).name
+            how = "train.py --resume ends" if name == "prompt.json" else f"python evaluate.py {folder} scores"
+            say(f"{folder}: left out, no {name}; {how} it")
         except (AttributeError, KeyError, TypeError) as e:
             raise ValueError(f"{folder}: not as evaluate.py writes it: {e!r}") from None
     if not runs:

@@ -1296,3 +1296,56 @@ def test_too_many_learners_at_once_say_which_setting_to_lower(world, tmp_path, m
     at_step(monkeypatch, {10: signal.SIGINT})
     assert train.main(command(world, tmp_path / "runs", "--resume")) == 130         # three again, then two
     assert train.main(command(world, tmp_path / "runs", "--resume", "--set", "train.learners_at_once=2")) == 0
+
+
+def test_an_adaptation_is_scored_on_its_own_data(world, tmp_path, capsys):
+    """Catches a zero-shot figure from the source run's data, an error only after all the training."""
+    train.main(command(world, tmp_path / "runs", "--seeds", "11", "--steps", "4"))
+    shutil.copytree(world / "data", tmp_path / "new")
+    (tmp_path / "new" / "ccc_Latn").rename(tmp_path / "new" / "ddd_Latn")
+    code = train.main(command(world, tmp_path / "runs", "--adapt", str(tmp_path / "runs/xpe-two-s11"), "--seeds", "11",
+                              "--languages", "ddd_Latn", "--data", str(tmp_path / "new"), "--steps", "4",
+                              "--set", "evaluate.after_training=true"))
+    assert code == 0 and re.search(r"to-ddd_Latn-s11: zero-shot [\d.]+ %, adapted [\d.]+ % on ddd_Latn",
+                                   capsys.readouterr().out)
+
+
+def test_an_interrupt_in_the_last_step_of_a_pass_ends_the_job(world, tmp_path, monkeypatch):
+    """Catches Ctrl-C that is forgotten between two passes; scores computed again for runs that have them."""
+    args = command(world, tmp_path / "runs", "--seeds", "11-12", "--steps", "8", "--set", "train.learners_at_once=1",
+                   "--set", "evaluate.after_training=true")
+    with monkeypatch.context() as patch:
+        at_step(patch, {8: signal.SIGINT})
+        assert train.main(args) == 130 and not (tmp_path / "runs/xpe-two-s12").exists()
+    assert train.main([*args, "--resume"]) == 0
+    monkeypatch.setattr(train, "report_scores", None)           # all is scored: nothing is left to do
+    assert train.main([*args, "--resume"]) == 0
+
+
+@pytest.mark.parametrize("settings, error", [([1], "'settings' must be an object"),
+                                             ({"amp": "bf17"}, "train.amp cannot be 'bf17'"),
+                                             ({"frozen_weights": 3}, "train.frozen_weights must be str")])
+def test_numerics_of_a_run_that_make_no_sense_are_refused(material, tmp_path, settings, error):
+    """Catches a traceback from prompt.json's training settings."""
+    shutil.copytree(material / "prompt", tmp_path / "run")
+    meta = json.loads((tmp_path / "run/prompt.json").read_text())
+    meta["training"]["settings"] = settings
+    (tmp_path / "run/prompt.json").write_text(json.dumps(meta))
+    with pytest.raises(ValueError, match=error):
+        evaluate.Run(tmp_path / "run")
+
+
+def test_only_files_that_were_asked_for_are_compared_with_their_hashes(tmp_path):
+    """Catches a cache that one damaged or pruned file, wanted by nobody, makes unusable for good."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshot"
+    for folder in (blobs, snapshot / "data/eng_Latn", snapshot / "onnx"):
+        folder.mkdir(parents=True)
+    for i, name in enumerate(("data/labels.txt", "data/eng_Latn/train.tsv", "onnx/model.onnx")):
+        (blobs / (str(i) * 40)).write_text("damaged")
+        (snapshot / name).symlink_to(blobs / (str(i) * 40))
+    with pytest.raises(ConnectionError, match="2 files"):
+        data.verify(snapshot, ["data/*.tsv", "data/*labels.txt"])
+    assert [p.name for p in blobs.iterdir()] == ["2" * 40]
+    with pytest.raises(FileNotFoundError):                      # what was asked for and is gone stays refused
+        data.verify(snapshot, ["data/*.tsv"])
+    data.verify(snapshot, ["*.json"])

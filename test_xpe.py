@@ -347,6 +347,15 @@ def test_the_shortened_last_layer_keeps_its_dropout(attention):
     assert ((runs.mean(0) - whole.mean(0)).abs() < 6 * (runs.std(0) / 20)).all()
     assert ((runs.std(0) / whole.std(0)).log().abs() < 0.4).all()
     assert torch.equal(backbone.eval()(*batch)[0], plain)
+    model.train()
+    backbone.eval()
+    grads = []
+    for _ in range(2):          # second time with gradient checkpointing, which runs layers again in backward
+        grads.append(torch.autograd.grad(model(*batch).logsumexp(1).sum(), [*model.prompt.parameters()])[0])
+        backbone.gradient_checkpointing_enable()
+    close(grads[0], grads[1])
+    backbone.train()
+    model(*batch).sum().backward()
 
 
 @pytest.mark.parametrize("kind", [*ENCODERS, *DECODERS])

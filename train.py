@@ -32,8 +32,8 @@ from tqdm import tqdm
 
 import xpe
 from data import Corpus, collate, encode, fingerprint, length_batches, locate, nearest, run_main
-from evaluate import (Run, load_backbone, load_config, pick_device, place, predict, report_scores,
-                      resolve_group, score, tokenizer_fingerprint, warn)
+from evaluate import (Run, load_backbone, load_config, method_name, pick_device, place, predict,
+                      report_scores, resolve_group, score, tokenizer_fingerprint, warn)
 
 
 # ---- optimizer and schedule -------------------------------------------------------------------------------
@@ -278,7 +278,7 @@ def load_checkpoints(learners, step, model, optimizer, generators):
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             settings = dict(state["settings"])
-            own |= {"settings": settings, "best": state["best"] and own["now"]}
+            own |= {"settings": settings, "best": None if state["best"] is None else own["now"]}
             fits = layout(state) == layout(own) and state["step"] == step
             here = (learner.folder / "metrics.jsonl").stat().st_size if state["state"]["metrics"] else 0
             fits = fits and 0 <= state["state"]["metrics"] <= here
@@ -418,7 +418,7 @@ def train(learners, model, autocast, cfg, pad_id, device, resume=False, quiet=Fa
                     save_checkpoints(learners, step, model, optimizer, generators)
                     saved = step
     bar.close()
-    return not learners
+    return not interrupts.got
 
 
 def waken(model, cfg):
@@ -496,7 +496,10 @@ def plan(args):
     if args.ratio is not None:
         config["prompt"]["ratio"] = args.ratio
     trust, ratio = config["backbone"]["trust_remote_code"], config["prompt"]["ratio"]
-    source = Run(args.adapt, args.backbone, args.data, trust) if args.adapt else None
+    xpe.check("data.", {"max_length": config["data"]["max_length"]})
+    source = Run(args.adapt, trust=trust) if args.adapt else None
+    if source:
+        source.config = config      # it is scored on the data, and with the backbone, of its adaptations
     mode = args.mode or (source and source.meta["kind"])
     for wrong, message in (
             (not mode, f"--mode is missing: {', '.join(xpe.KINDS)}"),
@@ -547,9 +550,6 @@ def make_learners(job, args, tokenizer, identity):
     tasks = [Task(job.corpus, x, tokenizer, max_length, cfg["class_weights"] == "balanced") for x in each]
     versions = {"python": platform.python_version(), "torch": torch.__version__,
                 "transformers": transformers.__version__}
-    label = f"dual{round(100 * prompt['ratio'])}" if cfg["mode"] == "dual" else cfg["mode"]
-    if cfg["mode"] in ("dual", "xpe") and prompt["encoder"] != "mlp":
-        label += f"-{prompt['encoder']}"
     settings = cfg | {"backbone": identity["fingerprint"], "reads": reads, "max_length": max_length}
     if source:
         settings["source"] = source.name
@@ -558,7 +558,8 @@ def make_learners(job, args, tokenizer, identity):
     learners = []
     for seed in parse_seeds(args.seeds or str(source.meta.get("seed", 11) if source else 11)):
         for task in tasks:
-            name, sources = f"{label}-{job.group}-s{seed}", {"sources": job.languages}
+            name = f"{method_name(cfg['mode'], prompt)}-{job.group}-s{seed}"
+            sources = {"sources": job.languages}
             if source:
                 name = f"{source.name}-to-{task.languages[0]}-s{seed}"
                 sources = {"sources": source.sources, "adapted_from": source.name,
@@ -617,11 +618,7 @@ def run_pass(learners, job, backbone, tokenizer, device, args, quiet):
     cfg, pad_id = job.cfg, tokenizer.pad_token_id or 0
     model = make_model(job, learners, backbone)
     model.check_length(max(len(ids) for x in learners for split in x.task.ids.values() for ids in split))
-    autocast = place(model, device, cfg["amp"], cfg["frozen_weights"])
     by_length = sorted(learners[0].task.ids["train"], key=len)
-    ends = [by_length[0], by_length[-1]]
-    if ends[0] is not ends[1] and torch.equal(*predict(model, ends, pad_id, autocast=autocast)):
-        raise ValueError("the head sees nothing of the text: a decoder needs --set prompt.reads=last")
     count = sum(p.numel() for g in parameter_groups(model, cfg) for p in g["params"]) // len(learners)
     for learner in learners:
         learner.meta["training"]["trainable"] = count
@@ -632,6 +629,10 @@ def run_pass(learners, job, backbone, tokenizer, device, args, quiet):
     print(f"{cfg['mode']}: {len(learners)} x {count:,} trainable numbers; {len(by_length):,} sentences of "
           f"{job.group}; {device.type}, {cfg['amp']}", flush=True)
     try:
+        autocast = place(model, device, cfg["amp"], cfg["frozen_weights"])
+        ends = [by_length[0], by_length[-1]]
+        if ends[0] is not ends[1] and torch.equal(*predict(model, ends, pad_id, autocast=autocast)):
+            raise ValueError("the head sees nothing of the text: a decoder needs --set prompt.reads=last")
         return train(learners, model, autocast, cfg, pad_id, device, args.resume, quiet)
     except RuntimeError as e:
         if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
@@ -677,7 +678,7 @@ def main(argv=None):
             raise FileExistsError(f"{learner.folder} exists: --resume goes on, --out starts elsewhere")
         if learner.finished:
             learner.check(learner.finished.get("settings") or {}, learner.folder / "prompt.json")
-    on_gpu = args.device == "auto" and torch.cuda.is_available()
+    on_gpu = args.device in ("auto", "cuda") and torch.cuda.is_available()
     device = pick_device(f"cuda:{local}" if on_gpu else args.device)
     size = 1 if cfg["mode"] == "full" else cfg["learners_at_once"]
     # a pass has equal blocks of rows, so its learners have equally many sentences
@@ -692,8 +693,9 @@ def main(argv=None):
             print(f"interrupted; go on with: {by} {shlex.join(sys.argv + ['--resume'] * (not args.resume))}")
             return 130
     good = [x for x in learners if x.finished]
-    if job.config["evaluate"]["after_training"] and good:
-        runs = [Run(x.folder, args.backbone, args.data, b["trust_remote_code"]) for x in good]
+    unscored = [x.folder for x in good if not (x.folder / "test.json").is_file()]
+    if job.config["evaluate"]["after_training"] and unscored:
+        runs = [Run(folder, args.backbone, args.data, b["trust_remote_code"]) for folder in unscored]
         before = score([source], "test", [job.languages], device)[source.name][0] if source else ()
         before = {row["language"]: row["accuracy"] for row in before}
         for run, (row, *_) in zip(runs, report_scores(runs, "test", None, device, show=not source)):

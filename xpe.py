@@ -109,8 +109,9 @@ class BiLSTM(nn.Module):
         for i in range(0, len(weights), 8):
             x = self.dropout(x) if i else x  # (K, rows, P, H or 2D)
             with torch.autocast(x.device.type, enabled=False):      # there is no half LSTM on every device
-                x = torch.stack([torch.lstm(x[k], (zero, zero), [w[k] for w in weights[i:i + 8]],
-                                            True, 1, 0.0, False, True, True)[0] for k in range(len(x))])
+                each = [[w[k] for w in weights[i:i + 8]] for k in range(len(x))]
+                x = torch.stack([torch.lstm(x[k], (zero, zero), each[k], True, 1, 0.0, self.training,
+                                            True, True)[0] for k in range(len(x))])
         return self.mlp(x, rows)
 
 
@@ -276,16 +277,18 @@ def only_row_0(backbone, wanted=True):
     """ours: a head that reads row 0 needs of the last layer just that row, which looks at all others: the
     same numbers for less work. In encoders that are built as BERT is; elsewhere nothing changes."""
     config = getattr(backbone, "config", None)
-    if (not wanted or getattr(config, "model_type", "") not in AS_BERT
-            or getattr(config, "position_embedding_type", "absolute") != "absolute"):
+    wanted = (wanted and getattr(config, "model_type", "") in AS_BERT
+              and getattr(config, "position_embedding_type", "absolute") == "absolute")
+    layer = backbone.encoder.layer[-1] if wanted else None
+    # gradient checkpointing runs layers a second time, in the backward pass
+    if not wanted or any(getattr(m, "gradient_checkpointing", False) for m in (backbone.encoder, layer)):
         yield
         return
-    attention = backbone.encoder.layer[-1].attention
-    own = attention.self
+    attention, own = layer.attention, layer.attention.self
 
     def forward(x, mask=None, *_, **__):
-        q, k, v = (layer(rows).unflatten(-1, (own.num_attention_heads, -1)).transpose(1, 2)
-                   for layer, rows in ((own.query, x[:, :1]), (own.key, x), (own.value, x)))
+        q, k, v = (project(rows).unflatten(-1, (own.num_attention_heads, -1)).transpose(1, 2)
+                   for project, rows in ((own.query, x[:, :1]), (own.key, x), (own.value, x)))
         mask = None if mask is None else mask[:, :, :1]     # (B, 1, 1, N)
         a = F.scaled_dot_product_attention(q, k, v, mask, own.dropout.p if own.training else 0.0)
         return attention.output(a.transpose(1, 2).flatten(2), x[:, :1]), None  # (B, 1, H)
@@ -312,7 +315,7 @@ def positions(backbone):
 
 
 def stack(modules):
-    """K prompts (or heads) of one shape -> one module that holds them all: (K, ...) in every parameter."""
+    """K prompts (or heads) of one shape -> the first, which now holds them all: (K, ...) everywhere."""
     first = modules[0]
     if any(m.config != first.config for m in modules):
         raise ValueError("only prompts and heads of one configuration can be stacked")
