@@ -1303,8 +1303,8 @@ def test_an_adaptation_is_scored_on_its_own_data(world, tmp_path, capsys):
     train.main(command(world, tmp_path / "runs", "--seeds", "11", "--steps", "4"))
     shutil.copytree(world / "data", tmp_path / "new")
     (tmp_path / "new" / "ccc_Latn").rename(tmp_path / "new" / "ddd_Latn")
-    code = train.main(command(world, tmp_path / "runs", "--adapt", str(tmp_path / "runs/xpe-two-s11"), "--seeds", "11",
-                              "--languages", "ddd_Latn", "--data", str(tmp_path / "new"), "--steps", "4",
+    code = train.main(command(world, tmp_path / "runs", "--adapt", tmp_path / "runs/xpe-two-s11",
+                              "--seeds", "11", "--languages", "ddd_Latn", "--data", str(tmp_path / "new"), "--steps", "4",
                               "--set", "evaluate.after_training=true"))
     assert code == 0 and re.search(r"to-ddd_Latn-s11: zero-shot [\d.]+ %, adapted [\d.]+ % on ddd_Latn",
                                    capsys.readouterr().out)
@@ -1312,8 +1312,8 @@ def test_an_adaptation_is_scored_on_its_own_data(world, tmp_path, capsys):
 
 def test_an_interrupt_in_the_last_step_of_a_pass_ends_the_job(world, tmp_path, monkeypatch):
     """Catches Ctrl-C that is forgotten between two passes; scores computed again for runs that have them."""
-    args = command(world, tmp_path / "runs", "--seeds", "11-12", "--steps", "8", "--set", "train.learners_at_once=1",
-                   "--set", "evaluate.after_training=true")
+    args = command(world, tmp_path / "runs", "--seeds", "11-12", "--steps", "8",
+                   "--set", "train.learners_at_once=1", "--set", "evaluate.after_training=true")
     with monkeypatch.context() as patch:
         at_step(patch, {8: signal.SIGINT})
         assert train.main(args) == 130 and not (tmp_path / "runs/xpe-two-s12").exists()
