@@ -1304,8 +1304,8 @@ def test_an_adaptation_is_scored_on_its_own_data(world, tmp_path, capsys):
     shutil.copytree(world / "data", tmp_path / "new")
     (tmp_path / "new" / "ccc_Latn").rename(tmp_path / "new" / "ddd_Latn")
     code = train.main(command(world, tmp_path / "runs", "--adapt", tmp_path / "runs/xpe-two-s11",
-                              "--seeds", "11", "--languages", "ddd_Latn", "--data", str(tmp_path / "new"), "--steps", "4",
-                              "--set", "evaluate.after_training=true"))
+                              "--seeds", "11", "--languages", "ddd_Latn", "--data", tmp_path / "new",
+                              "--steps", "4", "--set", "evaluate.after_training=true"))
     assert code == 0 and re.search(r"to-ddd_Latn-s11: zero-shot [\d.]+ %, adapted [\d.]+ % on ddd_Latn",
                                    capsys.readouterr().out)
 

@@ -356,7 +356,7 @@ def train(learners, model, autocast, cfg, pad_id, device, resume=False, quiet=Fa
     weights = torch.stack([x.task.weights for x in learners]).to(device)                    # (K, C)
     waken(model, cfg)
     bar = tqdm(total=steps, initial=step, unit=" steps", disable=quiet or None, dynamic_ncols=True)
-    with Interrupts() as interrupts:
+    with bar, Interrupts() as interrupts:
         while True:
             ended = [k for k, x in enumerate(learners) if x.state["stopped"]]
             for k in ended:
@@ -382,8 +382,7 @@ def train(learners, model, autocast, cfg, pad_id, device, resume=False, quiet=Fa
             if epoch != step // per_epoch:
                 epoch = step // per_epoch
                 orders = [length_batches(x.task.lengths, B, x.seed, epoch) for x in learners]
-            first = step % per_epoch * accumulate
-            micro = range(first, min(first + accumulate, batches))
+            micro = range(batches)[step % per_epoch * accumulate:][:accumulate]
             for i in micro:
                 rows = [(x.task, j) for x, order in zip(learners, orders) for j in order[i]]
                 ids, mask = collate([t.ids["train"][j] for t, j in rows], pad_id)
@@ -417,7 +416,6 @@ def train(learners, model, autocast, cfg, pad_id, device, resume=False, quiet=Fa
                 if step - saved >= cfg["checkpoint_every"] or any(x.state["stopped"] for x in learners):
                     save_checkpoints(learners, step, model, optimizer, generators)
                     saved = step
-    bar.close()
     return not interrupts.got
 
 
