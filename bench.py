@@ -10,6 +10,10 @@ token ids are random, which changes no speed.
     evaluation  evaluate.py's `predict`, and its floor: forward only (on a CPU some batches of it)
 
     python bench.py --size large --data Davlan/sib200 --tokenizer FacebookAI/xlm-roberta-large
+
+One thread of an AMD EPYC, --size tiny --attention eager, bf16, an epoch of real SIB-200 lengths a turn:
+                 run-steps/s sentences/s of floor x toolkit padding    GB
+    ours x 1            6.77         216    1.183     1.466    2.6%     -
 """
 import argparse
 import tempfile

@@ -1349,3 +1349,11 @@ def test_only_files_that_were_asked_for_are_compared_with_their_hashes(tmp_path)
     with pytest.raises(FileNotFoundError):                      # what was asked for and is gone stays refused
         data.verify(snapshot, ["data/*.tsv"])
     data.verify(snapshot, ["*.json"])
+
+
+def test_a_head_that_sees_no_text_is_told_before_anything_is_written(world, tmp_path, monkeypatch):
+    """Catches a folder left behind by a run that cannot start: the next attempt would be refused for it."""
+    monkeypatch.setattr(train, "predict", lambda *_, **__: torch.zeros(2, 7))
+    with pytest.raises(ValueError, match="sees nothing of the text"):
+        train.main(command(world, tmp_path / "runs"))
+    assert not (tmp_path / "runs").exists()

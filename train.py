@@ -273,8 +273,8 @@ def load_checkpoints(learners, step, model, optimizer, generators):
     """Put a pass back to where it stood at `step`; ValueError for a file that is not such a checkpoint."""
     states = []
     for k, learner in enumerate(learners):
-        path, own = learner.folder / f"checkpoint-{step}.pt", standing(learner, k, step, model, optimizer,
-                                                                       generators[k])
+        path = learner.folder / f"checkpoint-{step}.pt"
+        own = standing(learner, k, step, model, optimizer, generators[k])
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             settings = dict(state["settings"])
@@ -593,7 +593,8 @@ def make_model(job, learners, backbone):
 
 
 def unfinished(learners):
-    """Those of a pass that have yet to train; says which have ended, and clears away debris."""
+    """Those of a pass that have yet to train; says which have ended, and clears away debris. ValueError if
+    some would begin where others go on."""
     todo = []
     for learner in learners:
         lost, debris = learner.folder / "diverged.txt", [*learner.folder.glob(".*.????????")]
@@ -616,7 +617,11 @@ def run_pass(learners, job, backbone, tokenizer, device, args, quiet):
     cfg, pad_id = job.cfg, tokenizer.pad_token_id or 0
     model = make_model(job, learners, backbone)
     model.check_length(max(len(ids) for x in learners for split in x.task.ids.values() for ids in split))
+    autocast = place(model, device, cfg["amp"], cfg["frozen_weights"])
     by_length = sorted(learners[0].task.ids["train"], key=len)
+    ends = [by_length[0], by_length[-1]]
+    if ends[0] is not ends[1] and torch.equal(*predict(model, ends, pad_id, autocast=autocast)):
+        raise ValueError("the head sees nothing of the text: a decoder needs --set prompt.reads=last")
     count = sum(p.numel() for g in parameter_groups(model, cfg) for p in g["params"]) // len(learners)
     for learner in learners:
         learner.meta["training"]["trainable"] = count
@@ -626,17 +631,7 @@ def run_pass(learners, job, backbone, tokenizer, device, args, quiet):
             xpe.write_atomic(learner.folder / "config.yaml", text.encode())
     print(f"{cfg['mode']}: {len(learners)} x {count:,} trainable numbers; {len(by_length):,} sentences of "
           f"{job.group}; {device.type}, {cfg['amp']}", flush=True)
-    try:
-        autocast = place(model, device, cfg["amp"], cfg["frozen_weights"])
-        ends = [by_length[0], by_length[-1]]
-        if ends[0] is not ends[1] and torch.equal(*predict(model, ends, pad_id, autocast=autocast)):
-            raise ValueError("the head sees nothing of the text: a decoder needs --set prompt.reads=last")
-        return train(learners, model, autocast, cfg, pad_id, device, args.resume, quiet)
-    except RuntimeError as e:
-        if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
-            raise
-        raise ValueError(f"out of memory with {len(learners)} learners of {cfg['batch_size']} sentences: "
-                         f"lower train.learners_at_once, train.batch_size or evaluate.tokens") from None
+    return train(learners, model, autocast, cfg, pad_id, device, args.resume, quiet)
 
 
 def arguments(argv):
@@ -686,7 +681,14 @@ def main(argv=None):
     for todo in (unfinished(some[i:i + size]) for some in alike for i in range(0, len(some), size)):
         if fresh:
             backbone.float().load_state_dict(fresh)
-        if todo and not run_pass(todo, job, backbone, tokenizer, device, args, quiet=rank > 0):
+        try:
+            ended = not todo or run_pass(todo, job, backbone, tokenizer, device, args, quiet=rank > 0)
+        except RuntimeError as e:
+            if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
+                raise
+            raise ValueError(f"out of memory with {len(todo)} learners of {cfg['batch_size']} sentences: "
+                             f"lower train.learners_at_once, train.batch_size or evaluate.tokens") from None
+        if not ended:
             by = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE')}" if world else "python"
             print(f"interrupted; go on with: {by} {shlex.join(sys.argv + ['--resume'] * (not args.resume))}")
             return 130

@@ -25,7 +25,8 @@ from torch import nn
 ENCODERS = ("mlp", "lstm", "attention", "none")
 KINDS = ("spt", "xpe", "dual", "head", "full")
 READS = ("prompt", "first", "mean", "last")
-AS_BERT = ("bert", "camembert", "electra", "roberta", "xlm-roberta")
+AS_BERT = ("bert", "camembert", "electra", "roberta", "xlm-roberta")     # model types: see only_row_0
+# What a constructor, or a file from elsewhere, may say; the other values are shares, checked where used
 SIZE = range(1, 1 << 16)
 ALLOWED = dict(width=SIZE, length=SIZE, classes=SIZE, hidden=range(1 << 16), heads=range(1 << 16),
                layers=range(1, 65), encoder=ENCODERS, kind=KINDS, reads=READS, max_length=range(2, 1 << 20))
