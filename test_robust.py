@@ -416,7 +416,8 @@ class Forge:
         self.folder, self.n, self.running = folder, 0, False
         env = {**os.environ, "OMP_NUM_THREADS": "1",
                "HF_HOME": str(folder / "hf"), "CUDA_VISIBLE_DEVICES": "",
-               "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", **env}
+               "PYTHONDONTWRITEBYTECODE": "1",
+               "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "0", **env}
         self.process = subprocess.Popen([sys.executable, "-c", FORGE.format(here=str(HERE))],
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env,
                                         cwd=folder)
