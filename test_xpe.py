@@ -327,6 +327,37 @@ def test_generators_make_a_prompt_independent_of_its_neighbours(encoder):
     assert (alone[0][0] - alone[0][1]).abs().max() > 1e-3       # dropout was at work
 
 
+def test_cheap_dropout_is_dropout():
+    """Catches: another share or scale than p, a gradient through another mask, dropout in evaluation, the same
+    mask twice or none of it reached by a real backbone."""
+    x = torch.full((1_001, 333), 2.0, requires_grad=True)
+    torch.manual_seed(3)
+    with train.CheapDropout():
+        for p in (0.1, 0.5, 0.9):
+            y = F.dropout(x, p, training=True)
+            kept = y != 0
+            close(y, torch.where(kept, 2 / (1 - p), 0.0))
+            spread = 6 * (p * (1 - p) / x.numel()) ** 0.5
+            assert abs(kept.float().mean() - (1 - p)) < spread + 2 ** -16
+            assert (kept.float().mean(0) - (1 - p)).abs().max() < 6 * (p * (1 - p) / 1_001) ** 0.5
+            close(torch.autograd.grad(y.sum(), x)[0], torch.where(kept, 1 / (1 - p), 0.0))
+            assert not torch.equal(kept, F.dropout(x, p) != 0)
+        assert torch.equal(F.dropout(x, 0.5, training=False), x) and torch.equal(F.dropout(x, 0.0), x)
+        assert not F.dropout(x, 1.0).any()
+        assert F.dropout(x.bfloat16(), 0.1).dtype == torch.bfloat16
+        torch.manual_seed(4)
+        y = F.dropout(x, 0.1)
+        torch.manual_seed(4)
+        assert torch.equal(F.dropout(x, 0.1), y)
+    torch.manual_seed(4)
+    assert not torch.equal(F.dropout(x, 0.1), y)                # outside all is as ever
+    seen = []
+    with pytest.MonkeyPatch.context() as m, train.CheapDropout():
+        m.setattr(train.CheapDropout, "dropout", staticmethod(lambda x, p, *_, **__: seen.append(p) or x))
+        tiny(attn_implementation="eager").train()(*data.collate(texts(5, 3), 1))
+    assert seen == [0.1] * 7            # two layers: after the embeddings, and three in each
+
+
 # ---- 4. every backbone -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

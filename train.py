@@ -20,6 +20,7 @@ import shlex
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,6 +29,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 import yaml
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 import xpe
@@ -355,6 +357,7 @@ def train(learners, model, autocast, cfg, pad_id, device, resume=False, quiet=Fa
     saved, clock, epoch, orders = step, time.time(), None, None
     weights = torch.stack([x.task.weights for x in learners]).to(device)                    # (K, C)
     waken(model, cfg)
+    dropout = CheapDropout() if device.type == "cpu" else nullcontext()
     bar = tqdm(total=steps, initial=step, unit=" steps", disable=quiet or None, dynamic_ncols=True)
     with bar, Interrupts() as interrupts:
         while True:
@@ -388,7 +391,7 @@ def train(learners, model, autocast, cfg, pad_id, device, resume=False, quiet=Fa
                 ids, mask = collate([t.ids["train"][j] for t, j in rows], pad_id)
                 labels = torch.tensor([t.labels["train"][j] for t, j in rows])
                 ids, mask, labels = (t.to(device, non_blocking=True) for t in (ids, mask, labels))
-                with autocast():
+                with autocast(), dropout:
                     logits = model(ids, mask)                                               # (K * B, C)
                 loss = F.cross_entropy(logits.float(), labels, reduction="none").view(K, -1)    # (K, B)
                 w = weights.gather(1, labels.view(K, -1))
@@ -417,6 +420,25 @@ def train(learners, model, autocast, cfg, pad_id, device, resume=False, quiet=Fa
                     save_checkpoints(learners, step, model, optimizer, generators)
                     saved = step
     return not interrupts.got
+
+
+class CheapDropout(TorchFunctionMode):
+    """ours: F.dropout as ever, but by 16 random bits an element: on a CPU torch's own, which computes a double
+    for each, takes a fifth of a step. (p = 0.1 becomes 0.100006.) Not for what is drawn in C++, as in SDPA."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        own = self.dropout if function is F.dropout else function
+        return own(*args, **(kwargs or {}))
+
+    @staticmethod
+    def dropout(input, p=0.5, training=True, inplace=False):
+        """F.dropout's arguments and result."""
+        if not training or not 0 < p < 0.999:
+            return F.dropout(input, p, training, inplace)
+        n = input.numel()
+        bits = torch.empty(-(-n // 4), dtype=torch.int64).random_(-2 ** 63, None).view(torch.int16)
+        keep = bits[:n].view(input.shape).ge_(round(65536 * p) - 32768)         # 0 or 1
+        return input * keep.to(input.dtype).mul_(1 / (1 - p))
 
 
 def waken(model, cfg):
