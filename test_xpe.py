@@ -16,6 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,6 +28,7 @@ import transformers
 import yaml
 from torch import nn
 
+import bench
 import data
 import evaluate
 import train
@@ -744,6 +746,35 @@ def test_schedule_equals_that_of_transformers(steps, warmup):
                               ("linear", transformers.get_linear_schedule_with_warmup)):
         assert [train.schedule(s, steps, warmup, kind, 2) for s in range(steps)] == pytest.approx(
             theirs(make, *more), abs=1e-12)
+
+
+# ---- 8. the loop on a GPU, without one ---------------------------------------------------------------------
+
+@pytest.mark.parametrize("mode, encoder, amp, K", [
+    ("spt", "mlp", "bf16", 1), ("dual", "mlp", "bf16", 3), ("xpe", "attention", "fp16", 3),
+    ("dual", "none", "off", 2), ("head", "mlp", "bf16", 2)])
+def test_a_step_waits_for_nothing_and_mixes_no_devices(monkeypatch, mode, encoder, amp, K):
+    """Catches: .item() and its like in the training step, a tensor that was left on the CPU. On `meta`, a device
+    without numbers, each of them is an error."""
+    config = evaluate.load_config(settings=[f"prompt.encoder={encoder}", "train.batch_size=4"])
+    cfg = train.settings_for(config, mode, None, None) | {"amp": amp}
+    backbone = tiny(attn_implementation="eager")
+    if find_spec("transformers.masking_utils"):         # transformers itself looks into the mask, once a forward
+        monkeypatch.setattr("transformers.masking_utils._ignore_bidirectional_mask_sdpa", lambda *_: False)
+    generator, rand = torch.Generator, torch.rand       # of which there are none on `meta`
+    ids, labels = texts(*range(2, 30)), np.arange(28) % 7
+    monkeypatch.setattr(torch, "Generator", lambda device: generator())
+    monkeypatch.setattr(torch, "rand", lambda *size, generator, device: rand(*size, device=device))
+    model, _, run = bench.ours(backbone, ids, labels, K, config, cfg, torch.device("meta"))
+    run(9)
+    assert all(p.device.type == "meta" for p in model.parameters())
+
+
+def test_bench_runs(capsys):
+    """Catches: a benchmark that no longer fits the code that it times."""
+    bench.main(["--seeds", "2", "--steps", "4", "--repeats", "1", "--device", "cpu"])
+    rows = {line[:13].strip(): line[13:].split() for line in capsys.readouterr().out.splitlines()}
+    assert float(rows["ours x 2"][0]) > 0 and float(rows["evaluation"][2]) > 0
 
 
 # ---- 9. data -----------------------------------------------------------------------------------------------
