@@ -295,7 +295,7 @@ def spoil(monkeypatch, learner, when, value=float("nan")):
                 loss = loss * bad
         return loss
     import types
-    monkeypatch.setattr(train, "F", types.SimpleNamespace(cross_entropy=cross_entropy))
+    monkeypatch.setattr(train, "F", types.SimpleNamespace(cross_entropy=cross_entropy, dropout=train.F.dropout))
 
 
 @pytest.mark.parametrize("step, kept", [(10, 8), (2, 0)])
