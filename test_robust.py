@@ -671,7 +671,7 @@ def fuzz_kinds(material, folder):
         state, fresh = learner.state, train.Learner(folder, 1, None, {}).state
         assert {k: type(v) for k, v in state.items()} == {
             k: type(v) for k, v in fresh.items()}, "took a wrong state"
-        assert learner.tensors is None or train.snapshot(model, 0, False).keys() == learner.tensors.keys()
+        assert learner.tensors is None or train.snapshot(model, 0).keys() == learner.tensors.keys()
         assert (folder / "prompt/metrics.jsonl").stat().st_size < 1 << 20, "metrics.jsonl was blown up"
 
     def tree(read, write):
