@@ -112,8 +112,9 @@ class Optimizer:
         self.failed_at = torch.where(~finite & (self.failed_at == 0), float(number), self.failed_at)
 
     def tensors(self):
-        """All tensors of its state, each (K, ...)."""
-        return [self.steps, self.scale, self.good, self.failed_at, self.loss, *sum(self.moments, [])]
+        """All that a step changes, each (K, ...)."""
+        return [self.steps, self.scale, self.good, self.failed_at, self.loss, *sum(self.moments, []),
+                *(self.with_k(p) for p, _ in self.parameters)]
 
 
 def schedule(step, steps, warmup, kind, cycles):
@@ -121,11 +122,9 @@ def schedule(step, steps, warmup, kind, cycles):
     zero, as transformers' get_cosine_with_hard_restarts_schedule_with_warmup has it."""
     warm = math.ceil(steps * warmup)
     if step < warm:
-        return step / max(1, warm)
-    progress = (step - warm) / max(1, steps - warm)
-    if progress >= 1 or kind == "linear":
-        return max(0.0, 1 - progress)
-    return 0.5 * (1 + math.cos(math.pi * (cycles * progress % 1)))
+        return step / warm
+    progress = (step - warm) / (steps - warm)
+    return 1 - progress if kind == "linear" else 0.5 * (1 + math.cos(math.pi * (cycles * progress % 1)))
 
 
 # ---- what is trained --------------------------------------------------------------------------------------
@@ -197,8 +196,8 @@ class Learner:
         return True
 
     def judge(self, step, steps, logits, train_loss, failed, cfg):
-        """Take in a dev evaluation, logits (n, C), append it to metrics.jsonl, return whether it is the best so
-        far. failed: the step whose loss or gradient was not finite, or 0."""
+        """Take in a dev evaluation, logits (n, C), append it to metrics.jsonl, return whether it is the best.
+        failed: the step whose loss or gradient was not finite, or 0."""
         s, labels = self.state, self.task.labels["dev"]
         loss = float(F.cross_entropy(logits, torch.from_numpy(labels)))
         if failed or not math.isfinite(loss):
@@ -256,19 +255,19 @@ def snapshot(model, k):
     return out | {"backbone": {n: t.detach().cpu().clone() for n, t in model.backbone.state_dict().items()}}
 
 
-def standing(learners, step, model, optimizer, generators):
+def standing(learners, step, optimizer, generators):
     """All that each learner of a pass needs to go on from `step`: what its checkpoint holds."""
     random = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
     for k, (learner, generator) in enumerate(zip(learners, generators)):
         yield dict(step=step, settings=learner.meta["training"]["settings"], state=learner.state,
-                   best=learner.tensors, now=snapshot(model, k), random=random, dropout=generator.get_state(),
-                   optimizer=[x[k].cpu().clone() for x in optimizer.tensors()])
+                   best=learner.tensors, random=random, dropout=generator.get_state(),
+                   now=[x.detach()[k].cpu().clone() for x in optimizer.tensors()])
 
 
-def save_checkpoints(learners, step, *rest):
+def save_checkpoints(learners, step, optimizer, generators):
     """Write checkpoint-<step>.pt for all learners of a pass, and only then delete the older ones: whenever
     the process dies, there is a step at which all of them can go on together."""
-    for learner, state in zip(learners, standing(learners, step, *rest)):
+    for learner, state in zip(learners, standing(learners, step, optimizer, generators)):
         xpe.write_atomic(learner.folder / f"checkpoint-{step}.pt", lambda f: torch.save(state, f))
     for learner in learners:
         learner.clear(but=step)
@@ -283,18 +282,18 @@ def layout(x):
     return (x.shape, x.dtype) if torch.is_tensor(x) else type(x)
 
 
+@torch.no_grad()
 def load_checkpoints(learners, step, model, optimizer, generators):
     """Put a pass back to where it stood at `step`; ValueError for a file that is not such a checkpoint."""
     states = []
-    for learner, generator, own in zip(learners, generators,
-                                       standing(learners, step, model, optimizer, generators)):
-        path = learner.folder / f"checkpoint-{step}.pt"
+    for k, own in enumerate(standing(learners, step, optimizer, generators)):
+        learner, path = learners[k], learners[k].folder / f"checkpoint-{step}.pt"
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             settings = dict(state["settings"])
-            own |= {"settings": settings, "best": None if state["best"] is None else own["now"]}
+            own |= {"settings": settings, "best": None if state["best"] is None else snapshot(model, k)}
             fits = layout(state) == layout(own) and state["step"] == step
-            generator.set_state(state["dropout"])
+            generators[k].set_state(state["dropout"])
             torch.set_rng_state(state["random"][0])
             for random in state["random"][1:]:
                 torch.cuda.set_rng_state(random)
@@ -308,13 +307,7 @@ def load_checkpoints(learners, step, model, optimizer, generators):
             f.truncate(state["state"]["metrics"])       # the steps after will come again
         states.append(state)
         learner.state, learner.tensors = state["state"], state["best"]
-    for part, tensors in states[0]["now"].items():
-        if part == "backbone":
-            model.backbone.load_state_dict(tensors)
-        else:
-            for name, p in getattr(model, part).named_parameters():
-                p.data.copy_(torch.stack([s["now"][part][name] for s in states]))
-    for x, *slices in zip(optimizer.tensors(), *(s["optimizer"] for s in states), strict=True):
+    for x, *slices in zip(optimizer.tensors(), *(state["now"] for state in states), strict=True):
         x.copy_(torch.stack(slices))
 
 
@@ -371,11 +364,11 @@ def train(learners, model, autocast, cfg, pad_id, device, step=0, quiet=False):
                 break
             if len(stay) < len(learners):               # the others go on in a smaller stack
                 learners, generators, epoch = [learners[k] for k in stay], [generators[k] for k in stay], None
-                for x in (*model.prompt.parameters(), *model.head.parameters(), weights, *optimizer.tensors()):
+                for x in {*model.prompt.parameters(), weights, *optimizer.tensors()}:       # each once
                     x.data = x.data[stay]
                 model.set_generators(generators)
             if interrupts.got:
-                save_checkpoints(learners, step, model, optimizer, generators)
+                save_checkpoints(learners, step, optimizer, generators)
                 break
 
             # one step: every learner's own batch, side by side
@@ -413,14 +406,14 @@ def train(learners, model, autocast, cfg, pad_id, device, step=0, quiet=False):
                 if not quiet and step * 8 // steps > (step - every) * 8 // steps:     # a few lines that stay
                     tqdm.write(f"step {step:>6,} of {steps:,}: dev accuracy {dev:.1f}, best {best:.1f}")
                 if step - saved >= cfg["checkpoint_every"] or any(x.state["stopped"] for x in learners):
-                    save_checkpoints(learners, step, model, optimizer, generators)
+                    save_checkpoints(learners, step, optimizer, generators)
                     saved = step
     return not interrupts.got
 
 
 class CheapDropout(TorchFunctionMode):
-    """ours: F.dropout as ever, but by 16 random bits an element: on a CPU torch's own, which computes a double
-    for each, takes a fifth of a step. (p = 0.1 becomes 0.100006.) Not for what is drawn in C++, as in SDPA."""
+    """ours: F.dropout by 16 random bits an element: on a CPU torch's own, which computes a double for each,
+    takes a fifth of a step. (p = 0.1 becomes 0.100006.) Not for what is drawn in C++, as in SDPA."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         own = self.dropout if function is F.dropout else function
@@ -599,9 +592,9 @@ def make_model(job, learners, backbone):
 
 def run_pass(learners, job, backbone, tokenizer, device, quiet):
     """Train some learners in one pass; False if the user interrupted it. ValueError if it cannot."""
-    cfg, pad_id = job.cfg, tokenizer.pad_token_id or 0
+    cfg, pad_id, task = job.cfg, tokenizer.pad_token_id or 0, learners[0].task
     have = [set(x.checkpoints()) for x in learners]
-    step = max(set.intersection(*have), default=0)      # 0: from the start, and so did a first save end half-way
+    step = max(set.intersection(*have), default=0)      # 0: the start; again, if the first save was cut short
     if not step and any(have) and (all(have) or not all(x.folder.exists() for x in learners)):
         raise ValueError(f"{', '.join(x.folder.name for x in learners)}: stand at different steps: "
                          f"--resume them apart")
@@ -620,13 +613,13 @@ def run_pass(learners, job, backbone, tokenizer, device, quiet):
             learner.log.unlink(missing_ok=True)
             text = yaml.safe_dump(job.config, sort_keys=False, allow_unicode=True, width=110)
             xpe.write_atomic(learner.folder / "config.yaml", text.encode())
-    print(f"{cfg['mode']}: {len(learners)} x {count:,} trainable numbers; "
-          f"{len(learners[0].task.lengths):,} sentences of {job.group}; {device.type}, {cfg['amp']}", flush=True)
+    print(f"{cfg['mode']}: {len(learners)} x {count:,} trainable numbers; {len(task.lengths):,} sentences of "
+          f"{job.group}; {device.type}, {cfg['amp']}", flush=True)
     return train(learners, model, autocast, cfg, pad_id, device, step, quiet)
 
 
-def arguments(argv):
-    """The command line."""
+def main(argv=None):
+    """Plan, train pass by pass, score -> exit status."""
     parser = argparse.ArgumentParser(description="Train soft prompts, the backbone frozen.")
     parser.add_argument("--mode", choices=xpe.KINDS, help="spt, xpe, dual, or the baselines head and full")
     parser.add_argument("--ratio", type=float, help="with --mode dual: share of encoded rows")
@@ -642,12 +635,7 @@ def arguments(argv):
     parser.add_argument("--resume", action="store_true", help="go on with runs that were interrupted")
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help="any setting")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: auto)")
-    return parser.parse_args(argv)
-
-
-def main(argv=None):
-    """Plan, train pass by pass, score -> exit status."""
-    args = arguments(argv)
+    args = parser.parse_args(argv)
     rank, local, world = (int(os.environ.get(x) or 0) for x in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     job = plan(args)
     cfg, source, b = job.cfg, job.source, job.config["backbone"]
