@@ -52,36 +52,31 @@ class Optimizer:
     """
 
     def __init__(self, groups, K, rule, clip, fp16, stacked=True):
-        self.parameters = [(p, group) for group in groups for p in group["params"]]
-        self.rule, self.clip, self.fp16, self.stacked = rule, clip or math.inf, fp16, stacked   # 0: none
-        device = self.parameters[0][0].device
+        # each as it is, as (K, ...), and its group
+        self.parameters = [(p, p if stacked else p.detach()[None], g) for g in groups for p in g["params"]]
+        self.rule, self.clip, self.fp16 = rule, clip or math.inf, fp16      # clip 0: none
+        device = groups[0]["params"][0].device
         self.steps = torch.zeros(K, dtype=torch.float64, device=device)     # taken by each learner
         self.scale = torch.full((K,), 2.0 ** 16 if fp16 else 1.0, device=device)
         self.good = torch.zeros(K, device=device)                           # steps since the scale changed
         self.failed_at = torch.zeros(K, device=device)
         self.loss = torch.zeros(K, device=device)                           # summed since the last evaluation
         self.moments = []
-        for p, _ in self.parameters:
-            x = self.with_k(p.detach())
+        for _, x, _ in self.parameters:
             shapes = [x, x] if rule == "adamw" else [x[..., 0], x[..., 0, :]] if x.dim() > 2 else [x]
             self.moments.append([torch.zeros(s.shape, device=device) for s in shapes])
-
-    def with_k(self, x):
-        """`x` as (K, ...)."""
-        return x if self.stacked else x[None]
 
     @torch.no_grad()
     def step(self, number, factor):
         """Step number `number`, counted from 1; factor is the schedule's."""
-        grads = [self.with_k(p.grad) for p, _ in self.parameters]
+        grads = [p.grad.view_as(x) for p, x, _ in self.parameters]
         norm = torch.stack([g.flatten(1).float().square().sum(1) for g in grads]).sum(0).sqrt() / self.scale
         finite = norm.isfinite() & (self.failed_at == 0)                    # (K,)
         shrink = (self.clip / (norm + 1e-6)).clamp(max=1) / self.scale      # torch's clip_grad_norm_, K times
         self.steps += finite
         t = self.steps.clamp(min=1)
         new = (finite * t ** -0.8).float()      # Adafactor: weight of this step in its running means
-        for (p, group), g, moments in zip(self.parameters, grads, self.moments):
-            x = self.with_k(p)
+        for (p, x, group), g, moments in zip(self.parameters, grads, self.moments):
             def k(v, like=x): return v.view(-1, *[1] * (like.dim() - 1))    # (K,) -> (K, 1, ...)
             g = torch.where(k(finite), g * k(shrink), 0)
             if self.rule == "adamw":
@@ -114,7 +109,7 @@ class Optimizer:
     def tensors(self):
         """All that a step changes, each (K, ...)."""
         return [self.steps, self.scale, self.good, self.failed_at, self.loss, *sum(self.moments, []),
-                *(self.with_k(p) for p, _ in self.parameters)]
+                *(x for _, x, _ in self.parameters)]
 
 
 def schedule(step, steps, warmup, kind, cycles):
