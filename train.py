@@ -153,17 +153,17 @@ class Learner:
         """What prompt.json says of the training, if this run has ended with something to keep, or {}."""
         try:
             training = xpe.read_json(self.folder / "prompt.json")["training"]
-            whole = training["finished"], type(training["stopped"]), type(training["settings"])
-            return training if whole == (True, str, dict) else {}
+            return training if training["finished"] is True else {}
         except (OSError, ValueError, KeyError, TypeError):
             return {}
 
     def check(self, settings, path):
         """Raise ValueError if `settings`, found at `path`, are not those of this run, memory's aside."""
         for key, mine in self.meta["training"]["settings"].items():
-            if settings.get(key) != mine and key not in ("learners_at_once", "tokens"):
-                raise ValueError(f"{path}: {key} was {settings.get(key)!r}, not {mine!r}: --resume goes on "
-                                 f"with the same settings only")
+            was = settings.get(key) if isinstance(settings, dict) else None
+            if (type(was), was) != (type(mine), mine) and key not in ("learners_at_once", "tokens"):
+                raise ValueError(f"{path}: {key} was {was!r}, not {mine!r}: --resume goes on with the same "
+                                 f"settings only")
 
     def checkpoints(self):
         """{step: file}, for the steps at which it can go on."""
@@ -285,8 +285,8 @@ def load_checkpoints(learners, step, model, optimizer, generators):
         learner, path = learners[k], learners[k].folder / f"checkpoint-{step}.pt"
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            settings = dict(state["settings"])
-            own |= {"settings": settings, "best": None if state["best"] is None else snapshot(model, k)}
+            best = None if state["best"] is None else snapshot(model, k)
+            own |= {"settings": state["settings"], "best": best}
             fits = layout(state) == layout(own) and state["step"] == step
             generators[k].set_state(state["dropout"])
             torch.set_rng_state(state["random"][0])
@@ -295,7 +295,7 @@ def load_checkpoints(learners, step, model, optimizer, generators):
         except Exception as e:      # whatever torch.load makes of a broken or hostile file; it runs no code
             raise ValueError(f"{path}: no checkpoint of this run ({type(e).__name__}); without it "
                              f"the run starts over") from None
-        learner.check(settings, path)
+        learner.check(state["settings"], path)
         with open(learner.log, "ab") as f:
             if not fits or not 0 <= state["state"]["metrics"] <= f.tell():
                 raise ValueError(f"{path}: does not fit this run; without it the run starts over")
@@ -460,7 +460,7 @@ def settings_for(config, mode, adapt, steps):
         if cfg[key] < 1:
             raise ValueError(f"train.{key} must be at least 1, not {cfg[key]}")
     if max(cfg["steps"], cfg["epochs"]) < 1:
-        raise ValueError(f"--steps {cfg['steps']}: at least 1, in train.steps or train.epochs, too")
+        raise ValueError(f"--steps {cfg['steps']}: at least 1, or train.epochs")
     return cfg | {"mode": mode, "dropout": config["backbone"]["dropout"],
                   "tokens": config["evaluate"]["tokens"]}
 
@@ -644,7 +644,7 @@ def main(argv=None):
         if learner.folder.exists() and not args.resume:
             raise FileExistsError(f"{learner.folder} exists: --resume goes on, --out starts elsewhere")
         if learner.finished:
-            learner.check(learner.finished["settings"], learner.folder / "prompt.json")
+            learner.check(learner.finished.get("settings"), learner.folder / "prompt.json")
     on_gpu = args.device in ("auto", "cuda") and torch.cuda.is_available()
     device = pick_device(f"cuda:{local}" if on_gpu else args.device)
     size = 1 if cfg["mode"] == "full" else cfg["learners_at_once"]
@@ -677,7 +677,7 @@ def main(argv=None):
     if good and rank == 0:
         print(f"next:\n  python evaluate.py {good[0].folder} --text \"Your sentence\"\n"
               f"  python evaluate.py {args.out}/* --report")
-    diverged = [x for x in good if x.finished["stopped"].startswith("diverged")]
+    diverged = [x for x in good if str(x.finished.get("stopped")).startswith("diverged")]
     return 0 if len(good) == len(learners) and not diverged else 2
 
 
