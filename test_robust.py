@@ -247,6 +247,36 @@ def test_resume_refuses_other_settings_by_name(setting, name, world, tmp_path, m
     assert bits(tmp_path) == before
 
 
+@pytest.mark.parametrize("settings", [None, [1], "x", {"rate": [0.03]}])
+def test_resume_of_a_finished_run_whose_settings_make_no_sense(settings, world, tmp_path):
+    """Catches a traceback, and a finished run that is started over because its prompt.json was changed."""
+    args = command(world, tmp_path, "--seeds", "11", "--steps", "4")
+    train.main(args)
+    path = tmp_path / "xpe-two-s11/prompt.json"
+    meta = json.loads(path.read_text())
+    meta["training"]["settings"] = settings
+    del meta["training"]["stopped"]
+    path.write_text(json.dumps(meta))
+    before = bits(tmp_path)
+    with pytest.raises(ValueError, match="prompt.json: .* was .*, not .*same settings only"):
+        train.main([*args, "--resume"])
+    assert bits(tmp_path) == before
+
+
+def test_a_pass_that_starts_over_says_under_which_settings(world, tmp_path, monkeypatch):
+    """Catches a config.yaml of the first attempt beside what the second, with other settings, has trained."""
+    args = command(world, tmp_path, "--seeds", "11-12")
+    folders = [tmp_path / f"xpe-two-s{n}" for n in (11, 12)]
+    with monkeypatch.context() as patch:
+        at_step(patch, {6: signal.SIGINT})
+        assert train.main(args) == 130
+    next(folders[1].glob("checkpoint-*")).unlink()          # as if the first save had been killed half-way
+    assert train.main([*args, "--resume", "--set", "train.rate=2.0e-2"]) == 0
+    for folder in folders:
+        assert yaml.safe_load((folder / "config.yaml").read_text())["train"]["rate"] == 2.0e-2
+        assert len((folder / "metrics.jsonl").read_text().splitlines()) == 6
+
+
 def test_resume_refuses_other_data(world, tmp_path, monkeypatch):
     """Catches a run that goes on with sentences other than those it began with."""
     shutil.copytree(world / "data", tmp_path / "data")
@@ -295,7 +325,8 @@ def spoil(monkeypatch, learner, when, value=float("nan")):
                 loss = loss * bad
         return loss
     import types
-    monkeypatch.setattr(train, "F", types.SimpleNamespace(cross_entropy=cross_entropy))
+    both = types.SimpleNamespace(cross_entropy=cross_entropy, dropout=train.F.dropout)
+    monkeypatch.setattr(train, "F", both)
 
 
 @pytest.mark.parametrize("step, kept", [(10, 8), (2, 0)])
@@ -671,7 +702,7 @@ def fuzz_kinds(material, folder):
         state, fresh = learner.state, train.Learner(folder, 1, None, {}).state
         assert {k: type(v) for k, v in state.items()} == {
             k: type(v) for k, v in fresh.items()}, "took a wrong state"
-        assert learner.tensors is None or train.snapshot(model, 0, False).keys() == learner.tensors.keys()
+        assert learner.tensors is None or train.snapshot(model, 0).keys() == learner.tensors.keys()
         assert (folder / "prompt/metrics.jsonl").stat().st_size < 1 << 20, "metrics.jsonl was blown up"
 
     def tree(read, write):

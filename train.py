@@ -11,6 +11,7 @@ The paper's method and experimental setup; config.yaml holds the recipe, setting
 Read downwards: optimizer, schedule, learner, checkpoints, `train` (the loop), and the command line.
 """
 import argparse
+import copy
 import json
 import math
 import os
@@ -29,12 +30,13 @@ import torch
 import torch.nn.functional as F
 import transformers
 import yaml
+from safetensors.torch import save
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 import xpe
 from data import Corpus, collate, encode, fingerprint, length_batches, locate, nearest, run_main
-from evaluate import (Run, load_backbone, load_config, method_name, pick_device, place, predict,
+from evaluate import (Run, accuracy, load_backbone, load_config, method_name, pick_device, place, predict,
                       report_scores, resolve_group, score, tokenizer_fingerprint, warn)
 
 
@@ -50,8 +52,9 @@ class Optimizer:
     """
 
     def __init__(self, groups, K, rule, clip, fp16, stacked=True):
-        self.of_each = [group for group in groups for _ in group["params"]]     # of each parameter its group
-        self.groups, self.rule, self.clip, self.fp16, self.stacked = groups, rule, clip, fp16, stacked
+        # each as it is, as (K, ...), and its group
+        self.parameters = [(p, p if stacked else p.detach()[None], g) for g in groups for p in g["params"]]
+        self.rule, self.clip, self.fp16 = rule, clip or math.inf, fp16      # clip 0: none
         device = groups[0]["params"][0].device
         self.steps = torch.zeros(K, dtype=torch.float64, device=device)     # taken by each learner
         self.scale = torch.full((K,), 2.0 ** 16 if fp16 else 1.0, device=device)
@@ -59,33 +62,21 @@ class Optimizer:
         self.failed_at = torch.zeros(K, device=device)
         self.loss = torch.zeros(K, device=device)                           # summed since the last evaluation
         self.moments = []
-        for p in self.parameters():
-            x = self.with_k(p.detach())
+        for _, x, _ in self.parameters:
             shapes = [x, x] if rule == "adamw" else [x[..., 0], x[..., 0, :]] if x.dim() > 2 else [x]
             self.moments.append([torch.zeros(s.shape, device=device) for s in shapes])
-
-    def parameters(self):
-        """All parameters, in a fixed order."""
-        return [p for group in self.groups for p in group["params"]]
-
-    def with_k(self, x):
-        """`x` as (K, ...)."""
-        return x if self.stacked else x[None]
 
     @torch.no_grad()
     def step(self, number, factor):
         """Step number `number`, counted from 1; factor is the schedule's."""
-        parameters = self.parameters()
-        grads = [self.with_k(p.grad) for p in parameters]
+        grads = [p.grad.view_as(x) for p, x, _ in self.parameters]
         norm = torch.stack([g.flatten(1).float().square().sum(1) for g in grads]).sum(0).sqrt() / self.scale
         finite = norm.isfinite() & (self.failed_at == 0)                    # (K,)
-        clip = self.clip or math.inf                                        # 0: none
-        shrink = (clip / (norm + 1e-6)).clamp(max=1) / self.scale           # torch's clip_grad_norm_, K times
+        shrink = (self.clip / (norm + 1e-6)).clamp(max=1) / self.scale      # torch's clip_grad_norm_, K times
         self.steps += finite
         t = self.steps.clamp(min=1)
         new = (finite * t ** -0.8).float()      # Adafactor: weight of this step in its running means
-        for group, p, g, moments in zip(self.of_each, parameters, grads, self.moments):
-            x = self.with_k(p)
+        for (p, x, group), g, moments in zip(self.parameters, grads, self.moments):
             def k(v, like=x): return v.view(-1, *[1] * (like.dim() - 1))    # (K,) -> (K, 1, ...)
             g = torch.where(k(finite), g * k(shrink), 0)
             if self.rule == "adamw":
@@ -107,7 +98,6 @@ class Optimizer:
                 update = update / k(update.flatten(1).square().mean(1).sqrt().clamp(min=1))
             rate = k(finite * (factor * group["rate"]))                     # not finite: no rate, no step
             x -= rate * torch.where(k(finite), update, 0) + rate * group["weight_decay"] * x
-        for p in parameters:
             p.grad = None
         if self.fp16:       # torch's GradScaler, but one scale for each learner
             self.good = torch.where(finite, self.good + 1, 0)
@@ -117,13 +107,9 @@ class Optimizer:
         self.failed_at = torch.where(~finite & (self.failed_at == 0), float(number), self.failed_at)
 
     def tensors(self):
-        """All tensors of its state, each (K, ...)."""
-        return [self.steps, self.scale, self.good, self.failed_at, self.loss, *sum(self.moments, [])]
-
-    def keep(self, ks):
-        """Let only these learners go on: the stack becomes smaller."""
-        self.steps, self.scale, self.good, self.failed_at, self.loss = (v[ks] for v in self.tensors()[:5])
-        self.moments = [[m[ks] for m in some] for some in self.moments]
+        """All that a step changes, each (K, ...)."""
+        return [self.steps, self.scale, self.good, self.failed_at, self.loss, *sum(self.moments, []),
+                *(x for _, x, _ in self.parameters)]
 
 
 def schedule(step, steps, warmup, kind, cycles):
@@ -131,11 +117,9 @@ def schedule(step, steps, warmup, kind, cycles):
     zero, as transformers' get_cosine_with_hard_restarts_schedule_with_warmup has it."""
     warm = math.ceil(steps * warmup)
     if step < warm:
-        return step / max(1, warm)
-    progress = (step - warm) / max(1, steps - warm)
-    if progress >= 1 or kind == "linear":
-        return max(0.0, 1 - progress)
-    return 0.5 * (1 + math.cos(math.pi * (cycles * progress % 1)))
+        return step / warm
+    progress = (step - warm) / (steps - warm)
+    return 1 - progress if kind == "linear" else 0.5 * (1 + math.cos(math.pi * (cycles * progress % 1)))
 
 
 # ---- what is trained --------------------------------------------------------------------------------------
@@ -159,6 +143,7 @@ class Learner:
 
     def __init__(self, folder, seed, task, meta):
         self.folder, self.seed, self.task, self.meta = Path(folder), seed, task, meta
+        self.log = self.folder / "metrics.jsonl"
         self.state = dict(best=-1.0, best_step=0, best_loss=0.0, watched=math.inf, waited=0, stopped="",
                           seconds=0.0, metrics=0, dev=0.0)
         self.tensors = None                 # of the best step: see snapshot
@@ -175,30 +160,63 @@ class Learner:
     def check(self, settings, path):
         """Raise ValueError if `settings`, found at `path`, are not those of this run, memory's aside."""
         for key, mine in self.meta["training"]["settings"].items():
-            if settings.get(key) != mine and key not in ("learners_at_once", "tokens"):
-                raise ValueError(f"{path}: {key} was {settings.get(key)!r}, not {mine!r}: --resume goes on "
-                                 f"with the same settings only")
+            was = settings.get(key) if isinstance(settings, dict) else None
+            if (type(was), was) != (type(mine), mine) and key not in ("learners_at_once", "tokens"):
+                raise ValueError(f"{path}: {key} was {was!r}, not {mine!r}: --resume goes on with the same "
+                                 f"settings only")
 
-    def judge(self, step, steps, accuracy, loss, train_loss, cfg):
-        """Take in a dev evaluation, append it to metrics.jsonl, return whether it is the best so far."""
-        s, better = self.state, accuracy > self.state["best"]
-        s["dev"] = accuracy
+    def checkpoints(self):
+        """{step: file}, for the steps at which it can go on."""
+        files = self.folder.glob("checkpoint-*.pt")
+        return {int(f.stem[11:]): f for f in files if f.stem[11:].isdecimal()}
+
+    def clear(self, but=None):
+        """Delete the checkpoints, but for that of one step."""
+        for step, file in self.checkpoints().items():
+            if step != but:
+                file.unlink()
+
+    def ended(self):
+        """Whether there is nothing left to train: it then says so. Clears away debris."""
+        for file in self.folder.glob(".*.????????"):    # what a killed process was about to rename
+            file.unlink()
+        lost = self.folder / "diverged.txt"
+        if lost.is_file():
+            print(f"{self.folder}: {lost.read_text().strip()}; remove the folder to try again")
+        elif self.finished:
+            print(f"{self.folder}: finished already")
+        else:
+            return False
+        self.clear()
+        return True
+
+    def judge(self, step, steps, logits, train_loss, failed, cfg):
+        """Take in a dev evaluation, logits (n, C), append it to metrics.jsonl, return whether it is the best.
+        failed: the step whose loss or gradient was not finite, or 0."""
+        s, labels = self.state, self.task.labels["dev"]
+        loss = float(F.cross_entropy(logits, torch.from_numpy(labels)))
+        if failed or not math.isfinite(loss):
+            s["stopped"] = (f"diverged: loss or gradient not finite at step {failed or step}, "
+                            f"seed {self.seed}, {', '.join(self.task.languages[:8])}")
+            return False
+        s["dev"] = accuracy(labels, logits.argmax(1))
+        s["stopped"] = "all steps" if step == steps else ""
+        better = s["dev"] > s["best"]
         if better:
-            s.update(best=accuracy, best_step=step, best_loss=loss)
+            s.update(best=s["dev"], best_step=step, best_loss=loss)
         # authors' code: patience watches the dev *loss*, from half of the steps; kept is the best *accuracy*
         if cfg["patience"] and step >= int(steps * cfg["patience_after"]):
             s["waited"] = 0 if loss < s["watched"] else s["waited"] + 1
             s["watched"] = min(s["watched"], loss)
             if s["waited"] >= cfg["patience"]:
                 s["stopped"] = f"no better dev loss in {s['waited']} evaluations"
-        line = json.dumps(dict(step=step, loss=round(train_loss, 6), dev_accuracy=round(accuracy, 4),
+        line = json.dumps(dict(step=step, loss=round(train_loss, 6), dev_accuracy=round(s["dev"], 4),
                                dev_loss=round(loss, 6), best=round(s["best"], 4))).encode() + b"\n"
-        path = self.folder / "metrics.jsonl"
         try:
-            with open(path, "ab") as f:
+            with open(self.log, "ab") as f:
                 f.write(line)
         except OSError as e:        # a full disk says no name by itself
-            raise OSError(e.errno, e.strerror, str(path)) from None
+            raise OSError(e.errno, e.strerror, str(self.log)) from None
         s["metrics"] += len(line)
         return better
 
@@ -212,7 +230,6 @@ class Learner:
             xpe.write_atomic(self.folder / "diverged.txt", f"{s['stopped']}\n".encode())
         else:
             if "backbone" in best:
-                from safetensors.torch import save
                 xpe.write_atomic(self.folder / "backbone.safetensors", save(best["backbone"]))
             self.meta["training"] |= {"best_step": s["best_step"], "dev_accuracy": s["best"],
                                       "dev_loss": s["best_loss"], "stopped": s["stopped"], "finished": True,
@@ -220,46 +237,35 @@ class Learner:
             xpe.save_prompt(self.folder, best.get("prompt", {}), best["head"], self.meta)
             tqdm.write(f"{self.folder}: dev accuracy {s['best']:.1f} at step {s['best_step']}, "
                        f"{s['stopped']}, {s['seconds']:.0f} s")
-        for old in self.folder.glob("checkpoint-*.pt"):
-            old.unlink()
-
-
-def snapshot(model, k, full):
-    """The trained tensors of learner k, on the CPU."""
-    out = {"head": xpe.take(model.head, k)}
-    if model.prompt:
-        out["prompt"] = xpe.take(model.prompt, k)
-    if full:
-        out["backbone"] = {n: t.detach().cpu().clone() for n, t in model.backbone.state_dict().items()}
-    return out
+        self.clear()
 
 
 # ---- checkpoints: everything to go on, exactly ------------------------------------------------------------
 
-def standing(learner, k, step, model, optimizer, generator):
-    """All that learner k of a pass needs to go on from `step`: what its checkpoint holds."""
+def snapshot(model, k):
+    """The trained tensors of learner k, on the CPU."""
+    out = {"head": xpe.take(model.head, k)}
+    if model.prompt is not None:
+        return out | {"prompt": xpe.take(model.prompt, k)}
+    return out | {"backbone": {n: t.detach().cpu().clone() for n, t in model.backbone.state_dict().items()}}
+
+
+def standing(learners, step, optimizer, generators):
+    """All that each learner of a pass needs to go on from `step`: what its checkpoint holds."""
     random = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
-    return dict(step=step, settings=learner.meta["training"]["settings"], state=learner.state,
-                best=learner.tensors, now=snapshot(model, k, not optimizer.stacked), random=random,
-                dropout=generator.get_state(), optimizer=[x[k].cpu().clone() for x in optimizer.tensors()])
+    for k, (learner, generator) in enumerate(zip(learners, generators)):
+        yield dict(step=step, settings=learner.meta["training"]["settings"], state=learner.state,
+                   best=learner.tensors, random=random, dropout=generator.get_state(),
+                   now=[x.detach()[k].cpu().clone() for x in optimizer.tensors()])
 
 
-def save_checkpoints(learners, step, model, optimizer, generators):
+def save_checkpoints(learners, step, optimizer, generators):
     """Write checkpoint-<step>.pt for all learners of a pass, and only then delete the older ones: whenever
     the process dies, there is a step at which all of them can go on together."""
-    for k, learner in enumerate(learners):
-        state = standing(learner, k, step, model, optimizer, generators[k])
+    for learner, state in zip(learners, standing(learners, step, optimizer, generators)):
         xpe.write_atomic(learner.folder / f"checkpoint-{step}.pt", lambda f: torch.save(state, f))
     for learner in learners:
-        for old in learner.folder.glob("checkpoint-*.pt"):
-            if old.name != f"checkpoint-{step}.pt":
-                old.unlink()
-
-
-def checkpoint_steps(learner):
-    """The steps at which this learner can go on; 0, the start, is always one."""
-    names = (re.fullmatch(r"checkpoint-(\d{1,12})\.pt", p.name) for p in learner.folder.glob("checkpoint-*"))
-    return {0} | {int(m[1]) for m in names if m}
+        learner.clear(but=step)
 
 
 def layout(x):
@@ -271,44 +277,33 @@ def layout(x):
     return (x.shape, x.dtype) if torch.is_tensor(x) else type(x)
 
 
+@torch.no_grad()
 def load_checkpoints(learners, step, model, optimizer, generators):
     """Put a pass back to where it stood at `step`; ValueError for a file that is not such a checkpoint."""
     states = []
-    for k, learner in enumerate(learners):
-        path = learner.folder / f"checkpoint-{step}.pt"
-        own = standing(learner, k, step, model, optimizer, generators[k])
+    for k, own in enumerate(standing(learners, step, optimizer, generators)):
+        learner, path = learners[k], learners[k].folder / f"checkpoint-{step}.pt"
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            settings = dict(state["settings"])
-            own |= {"settings": settings, "best": None if state["best"] is None else own["now"]}
+            best = None if state["best"] is None else snapshot(model, k)
+            own |= {"settings": state["settings"], "best": best}
             fits = layout(state) == layout(own) and state["step"] == step
-            here = (learner.folder / "metrics.jsonl").stat().st_size if state["state"]["metrics"] else 0
-            fits = fits and 0 <= state["state"]["metrics"] <= here
+            generators[k].set_state(state["dropout"])
+            torch.set_rng_state(state["random"][0])
+            for random in state["random"][1:]:
+                torch.cuda.set_rng_state(random)
         except Exception as e:      # whatever torch.load makes of a broken or hostile file; it runs no code
             raise ValueError(f"{path}: no checkpoint of this run ({type(e).__name__}); without it "
                              f"the run starts over") from None
-        learner.check(settings, path)
-        if not fits:
-            raise ValueError(f"{path}: does not fit this run; without it the run starts over")
+        learner.check(state["settings"], path)
+        with open(learner.log, "ab") as f:
+            if not fits or not 0 <= state["state"]["metrics"] <= f.tell():
+                raise ValueError(f"{path}: does not fit this run; without it the run starts over")
+            f.truncate(state["state"]["metrics"])       # the steps after will come again
         states.append(state)
-    for part, module in ("prompt", model.prompt), ("head", model.head):
-        for name, p in module.named_parameters() if module else ():
-            p.data.copy_(torch.stack([s["now"][part][name] for s in states]))
-    if not optimizer.stacked:
-        model.backbone.load_state_dict(states[0]["now"]["backbone"])
-    for x, *slices in zip(optimizer.tensors(), *(s["optimizer"] for s in states), strict=True):
-        x.copy_(torch.stack(slices))
-    for learner, generator, state in zip(learners, generators, states):
         learner.state, learner.tensors = state["state"], state["best"]
-        with open(learner.folder / "metrics.jsonl", "ab") as f:     # the steps after will come again
-            f.truncate(learner.state["metrics"])
-        try:
-            generator.set_state(state["dropout"])
-            torch.set_rng_state(states[0]["random"][0])
-            for random in states[0]["random"][1:]:
-                torch.cuda.set_rng_state(random)
-        except RuntimeError as e:
-            raise ValueError(f"{learner.folder}: checkpoint-{step}.pt does not fit this run: {e}") from None
+    for x, *slices in zip(optimizer.tensors(), *(state["now"] for state in states), strict=True):
+        x.copy_(torch.stack(slices))
 
 
 class Interrupts:
@@ -329,13 +324,14 @@ class Interrupts:
 
 # ---- the loop ---------------------------------------------------------------------------------------------
 
-def train(learners, model, autocast, cfg, pad_id, device, resume=False, quiet=False):
+def train(learners, model, autocast, cfg, pad_id, device, step=0, quiet=False):
     """Train K learners through one backbone until each has stopped; False if the user interrupted that.
 
-    They have equally many sentences, and model holds their K prompts and heads; cfg: see settings_for.
+    They have equally many sentences, and model holds their K prompts and heads; cfg: see settings_for; step:
+    that of the checkpoints to go on from.
     """
     optimizer = Optimizer(parameter_groups(model, cfg), len(learners), cfg["optimizer"], cfg["clip"],
-                          cfg["amp"] == "fp16", stacked=cfg["mode"] != "full")
+                          cfg["amp"] == "fp16", stacked=model.prompt is not None)
     generators = [torch.Generator(device).manual_seed(x.seed) for x in learners]    # of each prompt's dropout
     torch.manual_seed(learners[0].seed)                                             # of the backbone's
     model.set_generators(generators)
@@ -344,44 +340,37 @@ def train(learners, model, autocast, cfg, pad_id, device, resume=False, quiet=Fa
     per_epoch = -(-batches // accumulate)               # steps
     steps = cfg["epochs"] * per_epoch or cfg["steps"]
     every = cfg["evaluate_every"] or per_epoch
-    have = [checkpoint_steps(x) for x in learners]
-    step = max(set.intersection(*have)) if resume else 0
-    if resume and not step and all(len(some) > 1 for some in have):
-        raise ValueError(f"{learners[0].folder} and others stand at different steps: --resume them apart")
     if step:
         load_checkpoints(learners, step, model, optimizer, generators)
-    else:
-        for x in learners:
-            for stale in (*x.folder.glob("checkpoint-*"), x.folder / "metrics.jsonl"):
-                stale.unlink(missing_ok=True)
     saved, clock, epoch, orders = step, time.time(), None, None
     weights = torch.stack([x.task.weights for x in learners]).to(device)                    # (K, C)
-    waken(model, cfg)
+    model.eval()
     dropout = CheapDropout() if device.type == "cpu" else nullcontext()
     bar = tqdm(total=steps, initial=step, unit=" steps", disable=quiet or None, dynamic_ncols=True)
     with bar, Interrupts() as interrupts:
         while True:
-            ended = [k for k, x in enumerate(learners) if x.state["stopped"]]
-            for k in ended:
-                learners[k].finish()
-            if ended:                                   # the others go on in a smaller stack
-                stay = [k for k in range(len(learners)) if k not in ended]
+            for x in learners:
+                x.state["seconds"] += time.time() - clock
+                if x.state["stopped"]:
+                    x.finish()
+            clock = time.time()
+            stay = [k for k, x in enumerate(learners) if not x.state["stopped"]]
+            if not stay:
+                break
+            if len(stay) < len(learners):               # the others go on in a smaller stack
                 learners, generators, epoch = [learners[k] for k in stay], [generators[k] for k in stay], None
-                if not learners:
-                    break
-                for p in (*model.prompt.parameters(), *model.head.parameters()):
-                    p.data = p.data[stay]
-                optimizer.keep(stay)
+                for x in {*model.prompt.parameters(), weights, *optimizer.tensors()}:       # each once
+                    x.data = x.data[stay]
                 model.set_generators(generators)
-                weights = weights[stay]
             if interrupts.got:
-                for x in learners:
-                    x.state["seconds"] += time.time() - clock
-                save_checkpoints(learners, step, model, optimizer, generators)
+                save_checkpoints(learners, step, optimizer, generators)
                 break
 
             # one step: every learner's own batch, side by side
             K = len(learners)
+            if not model.training:              # paper: the backbone is frozen, but its dropout is active
+                model.train()
+                model.backbone.train(cfg["dropout"])
             if epoch != step // per_epoch:
                 epoch = step // per_epoch
                 orders = [length_batches(x.task.lengths, B, x.seed, epoch) for x in learners]
@@ -407,24 +396,19 @@ def train(learners, model, autocast, cfg, pad_id, device, resume=False, quiet=Fa
                 train_loss = optimizer.loss / ((step - 1) % every + 1)
                 judge_all(learners, model, optimizer, step, steps, train_loss, cfg, pad_id, autocast)
                 optimizer.loss.zero_()
-                waken(model, cfg)
                 dev, best = (np.mean([x.state[key] for x in learners]) for key in ("dev", "best"))
                 bar.set_postfix_str(f"loss {train_loss.mean():.3f}, dev accuracy {dev:.1f}, best {best:.1f}")
                 if not quiet and step * 8 // steps > (step - every) * 8 // steps:     # a few lines that stay
                     tqdm.write(f"step {step:>6,} of {steps:,}: dev accuracy {dev:.1f}, best {best:.1f}")
-                for x in learners:
-                    x.state["seconds"] += time.time() - clock
-                    x.state["stopped"] = x.state["stopped"] or ("all steps" if step == steps else "")
-                clock = time.time()
                 if step - saved >= cfg["checkpoint_every"] or any(x.state["stopped"] for x in learners):
-                    save_checkpoints(learners, step, model, optimizer, generators)
+                    save_checkpoints(learners, step, optimizer, generators)
                     saved = step
     return not interrupts.got
 
 
 class CheapDropout(TorchFunctionMode):
-    """ours: F.dropout as ever, but by 16 random bits an element: on a CPU torch's own, which computes a double
-    for each, takes a fifth of a step. (p = 0.1 becomes 0.100006.) Not for what is drawn in C++, as in SDPA."""
+    """ours: F.dropout by 16 random bits an element: on a CPU torch's own, which computes a double for each,
+    takes a fifth of a step. (p = 0.1 becomes 0.100006.) Not for what is drawn in C++, as in SDPA."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         own = self.dropout if function is F.dropout else function
@@ -441,27 +425,15 @@ class CheapDropout(TorchFunctionMode):
         return input * keep.to(input.dtype).mul_(1 / (1 - p))
 
 
-def waken(model, cfg):
-    """Training mode. paper: the backbone is frozen, but its dropout is active."""
-    model.train()
-    model.backbone.train(cfg["dropout"])
-
-
 def judge_all(learners, model, optimizer, step, steps, train_loss, cfg, pad_id, autocast):
     """Evaluate every learner on its own dev split, all in one pass, and let each judge itself."""
     sizes = [len(x.task.labels["dev"]) for x in learners]
     owner = torch.arange(len(learners)).repeat_interleave(torch.tensor(sizes))
     encoded = [ids for x in learners for ids in x.task.ids["dev"]]
     logits = predict(model, encoded, pad_id, owner, cfg["tokens"], autocast)
-    for k, (learner, part) in enumerate(zip(learners, logits.split(sizes))):
-        labels, failed = torch.from_numpy(learner.task.labels["dev"]), int(optimizer.failed_at[k])
-        loss = float(F.cross_entropy(part, labels))
-        if failed or not math.isfinite(loss):
-            learner.state["stopped"] = (f"diverged: loss or gradient not finite at step {failed or step}, "
-                                        f"seed {learner.seed}, {', '.join(learner.task.languages[:8])}")
-        elif learner.judge(step, steps, 100.0 * float((part.argmax(1) == labels).double().mean()), loss,
-                           float(train_loss[k]), cfg):
-            learner.tensors = snapshot(model, k, not optimizer.stacked)
+    for k, (learner, own) in enumerate(zip(learners, logits.split(sizes))):
+        if learner.judge(step, steps, own, float(train_loss[k]), int(optimizer.failed_at[k]), cfg):
+            learner.tensors = snapshot(model, k)
 
 
 # ---- the command line -------------------------------------------------------------------------------------
@@ -483,12 +455,12 @@ def parse_seeds(text):
 def settings_for(config, mode, adapt, steps):
     """The `train` section as this mode has it, with the few values of other sections that the loop needs."""
     cfg = config["train"] | (config["full"] if mode == "full" else {}) | (config["adapt"] if adapt else {})
-    cfg |= {"steps": steps, "epochs": 0} if steps else {}
+    cfg |= {} if steps is None else {"steps": steps, "epochs": 0}
     for key in ("batch_size", "accumulate", "learners_at_once"):
         if cfg[key] < 1:
             raise ValueError(f"train.{key} must be at least 1, not {cfg[key]}")
-    if not cfg["steps"] and not cfg["epochs"]:
-        raise ValueError("train.steps or train.epochs must be at least 1")
+    if max(cfg["steps"], cfg["epochs"]) < 1:
+        raise ValueError(f"--steps {cfg['steps']}: at least 1, or train.epochs")
     return cfg | {"mode": mode, "dropout": config["backbone"]["dropout"],
                   "tokens": config["evaluate"]["tokens"]}
 
@@ -497,8 +469,6 @@ def parameter_groups(model, cfg):
     """Every trainable tensor in a group with its rate: [{params, rate, weight_decay}]."""
     groups = {}
     for name, p in model.named_parameters():
-        if cfg["mode"] == "head" and name.startswith("prompt."):
-            p.requires_grad_(False)     # the baseline: a random prompt that stays random
         if p.requires_grad:
             own = {"prompt.standard": "standard_", "prompt.encoded": "encoded_"}.get(name, "")
             bias = not own and ("bias" in name or "norm" in name.lower())   # transformers: no decay there
@@ -515,9 +485,8 @@ def plan(args):
         config[section]["name"] = getattr(args, section) or config[section]["name"]
     if args.ratio is not None:
         config["prompt"]["ratio"] = args.ratio
-    trust, ratio = config["backbone"]["trust_remote_code"], config["prompt"]["ratio"]
+    ratio, source = config["prompt"]["ratio"], Run(args.adapt) if args.adapt else None
     xpe.check("data.", {"max_length": config["data"]["max_length"]})
-    source = Run(args.adapt, trust=trust) if args.adapt else None
     if source:
         source.config = config      # it is scored on the data, and with the backbone, of its adaptations
     mode = args.mode or (source and source.meta["kind"])
@@ -529,7 +498,6 @@ def plan(args):
              f"--ratio {args.ratio}: goes with --mode dual, and not with --adapt"),
             (mode == "dual" and not 0 < ratio < 1,
              f"--ratio {ratio}: a share between 0 and 1 (prompt.ratio)"),
-            (args.steps is not None and args.steps < 1, f"--steps {args.steps}: at least 1"),
             (source and not args.group and not args.languages,
              "--adapt needs its target languages: --group NAME or --languages CODES")):
         if wrong:
@@ -544,6 +512,7 @@ def plan(args):
         languages = resolve_group(config, group)
     if not re.fullmatch(r"[\w+-][\w.+-]*", group):
         raise ValueError(f"group {group!r}: its name becomes a folder's: letters, digits, _ + - . only")
+    cfg = settings_for(config, mode, source, args.steps)
     folder, revision = locate(config["data"]["name"], config["data"]["revision"])
     corpus = Corpus(folder)
     corpus.check(languages)
@@ -552,43 +521,40 @@ def plan(args):
     if source and list(corpus.labels) != source.meta["labels"]:
         raise ValueError(f"{folder}: has the labels {', '.join(corpus.labels)}; {args.adapt} knows "
                          f"{', '.join(source.meta['labels'])}")
-    for c in (languages if source else corpus.languages()) if config["evaluate"]["after_training"] else ():
-        if not (folder / c / "test.tsv").is_file():
-            raise FileNotFoundError(f"{folder / c}: no test.tsv to score afterwards; without scoring: "
-                                    f"--set evaluate.after_training=false")
-    return SimpleNamespace(config=config, cfg=settings_for(config, mode, source, args.steps), source=source,
-                           group=group, languages=languages, corpus=corpus,
-                           data={"name": config["data"]["name"], "revision": revision})
+    if config["evaluate"]["after_training"]:        # what is wrong with these files is not told afterwards
+        for language in languages if source else corpus.languages():
+            corpus.read(language, "test")
+    return SimpleNamespace(config=config, cfg=cfg, source=source, group=group, languages=languages,
+                           corpus=corpus, data={"name": config["data"]["name"], "revision": revision})
 
 
 def make_learners(job, args, tokenizer, identity):
     """One learner for each seed; with a source run, one for each seed and target language."""
-    cfg, source, prompt = job.cfg, job.source, job.config["prompt"]
-    max_length = source.meta["max_length"] if source else job.config["data"]["max_length"]
-    reads = source.meta["reads"] if source else "first" if cfg["mode"] == "full" else prompt["reads"]
-    each = [[x] for x in job.languages] if source else [job.languages]
-    tasks = [Task(job.corpus, x, tokenizer, max_length, cfg["class_weights"] == "balanced") for x in each]
-    versions = {"python": platform.python_version(), "torch": torch.__version__,
-                "transformers": transformers.__version__}
-    settings = cfg | {"backbone": identity["fingerprint"], "reads": reads, "max_length": max_length}
+    cfg, source, prompt, full = job.cfg, job.source, job.config["prompt"], job.cfg["mode"] == "full"
+    given = source.meta if source else {"reads": "first" if full else prompt["reads"],
+                                        "max_length": job.config["data"]["max_length"]}
+    read = {key: given[key] for key in ("reads", "max_length")}
+    settings = cfg | {"backbone": identity["fingerprint"]} | read
     if source:
         settings["source"] = source.name
-    elif cfg["mode"] != "full":
-        settings |= {f"prompt.{key}": value for key, value in prompt.items()}
+        parts = [([x], f"{source.name}-to-{x}", {"sources": source.sources, "adapted_from": source.name,
+                                                 "adapted_to": x}) for x in job.languages]
+    else:
+        settings |= {} if full else {f"prompt.{key}": value for key, value in prompt.items()}
+        parts = [(job.languages, f"{method_name(cfg['mode'], prompt)}-{job.group}",
+                  {"sources": job.languages})]
+    versions = {"python": platform.python_version(), "torch": torch.__version__,
+                "transformers": transformers.__version__}
+    tasks = [Task(job.corpus, languages, tokenizer, read["max_length"], cfg["class_weights"] == "balanced")
+             for languages, _, _ in parts]
     learners = []
-    for seed in parse_seeds(args.seeds or str(source.meta.get("seed", 11) if source else 11)):
-        for task in tasks:
-            name = f"{method_name(cfg['mode'], prompt)}-{job.group}-s{seed}"
-            sources = {"sources": job.languages}
-            if source:
-                name = f"{source.name}-to-{task.languages[0]}-s{seed}"
-                sources = {"sources": source.sources, "adapted_from": source.name,
-                           "adapted_to": task.languages[0]}
+    for seed in parse_seeds(args.seeds or str(given.get("seed", 11))):
+        for task, (_, name, sources) in zip(tasks, parts):
             meta = {"kind": cfg["mode"], "backbone": identity, "tokenizer": tokenizer_fingerprint(tokenizer),
-                    "reads": reads, "labels": list(job.corpus.labels), "max_length": max_length, **sources,
-                    "seed": seed, "data": job.data | {"fingerprint": task.fingerprint},
+                    "labels": list(job.corpus.labels), **read, **sources, "seed": seed,
+                    "data": job.data | {"fingerprint": task.fingerprint},
                     "training": {"settings": settings | {"data": task.fingerprint}, "versions": versions}}
-            learners.append(Learner(Path(args.out) / name, seed, task, meta))
+            learners.append(Learner(Path(args.out) / f"{name}-s{seed}", seed, task, meta))
     return learners
 
 
@@ -610,54 +576,45 @@ def make_model(job, learners, backbone):
             prompts.append(None if full else xpe.SoftPrompt(h_in, **sizes))
             heads.append(xpe.ClassificationHead(h_out, len(learner.meta["labels"]), float(drop)))
         learner.meta |= {"prompt": None if full else prompts[-1].config, "head": heads[-1].config}
-    return xpe.PromptedClassifier(backbone, None if full else xpe.stack(prompts), xpe.stack(heads),
-                                  learners[0].meta["reads"], frozen=not full)
+    if full:        # the next pass starts from the same weights
+        backbone = copy.deepcopy(backbone)
+    model = xpe.PromptedClassifier(backbone, None if full else xpe.stack(prompts), xpe.stack(heads),
+                                   learners[0].meta["reads"], frozen=not full)
+    if job.cfg["mode"] == "head":       # the baseline: a random prompt that stays random
+        model.prompt.requires_grad_(False)
+    return model
 
 
-def unfinished(learners):
-    """Those of a pass that have yet to train; says which have ended, and clears away debris. ValueError if
-    some would begin where others go on."""
-    todo = []
-    for learner in learners:
-        lost, debris = learner.folder / "diverged.txt", [*learner.folder.glob(".*.????????")]
-        if learner.finished or lost.is_file():
-            failed = lost.is_file() and f"{lost.read_text().strip()}; remove the folder to try again"
-            print(f"{learner.folder}: {failed or 'finished already'}")
-            debris += learner.folder.glob("checkpoint-*.pt")
-        else:
-            todo.append(learner)
-        for file in debris:         # what a killed process was about to rename or to remove
-            file.unlink()
-    new = [x.folder.name for x in todo if not x.folder.exists()]
-    if new and any(len(checkpoint_steps(x)) > 1 for x in todo):
-        raise ValueError(f"--resume: {', '.join(new)} would begin where others go on: run them apart")
-    return todo
-
-
-def run_pass(learners, job, backbone, tokenizer, device, args, quiet):
-    """Train some learners in one pass; False if the user interrupted it."""
-    cfg, pad_id = job.cfg, tokenizer.pad_token_id or 0
+def run_pass(learners, job, backbone, tokenizer, device, quiet):
+    """Train some learners in one pass; False if the user interrupted it. ValueError if it cannot."""
+    cfg, pad_id, task = job.cfg, tokenizer.pad_token_id or 0, learners[0].task
+    have = [set(x.checkpoints()) for x in learners]
+    step = max(set.intersection(*have), default=0)      # 0: the start; again, if the first save was cut short
+    if not step and any(have) and (all(have) or not all(x.folder.exists() for x in learners)):
+        raise ValueError(f"{', '.join(x.folder.name for x in learners)}: stand at different steps: "
+                         f"--resume them apart")
     model = make_model(job, learners, backbone)
-    model.check_length(max(len(ids) for x in learners for split in x.task.ids.values() for ids in split))
     autocast = place(model, device, cfg["amp"], cfg["frozen_weights"])
-    by_length = sorted(learners[0].task.ids["train"], key=len)
-    ends = [by_length[0], by_length[-1]]
-    if ends[0] is not ends[1] and torch.equal(*predict(model, ends, pad_id, autocast=autocast)):
+    texts = [ids for x in learners for split in x.task.ids.values() for ids in split]
+    ends = [min(texts, key=len), max(texts, key=len)]       # this also refuses texts that are too long
+    if torch.equal(*predict(model, ends, pad_id, autocast=autocast)) and len(ends[0]) < len(ends[1]):
         raise ValueError("the head sees nothing of the text: a decoder needs --set prompt.reads=last")
-    count = sum(p.numel() for g in parameter_groups(model, cfg) for p in g["params"]) // len(learners)
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad) // len(learners)
     for learner in learners:
         learner.meta["training"]["trainable"] = count
-        learner.folder.mkdir(parents=True, exist_ok=True)
-        if checkpoint_steps(learner) == {0}:        # else it goes on, and only with the same settings
+        if not step:
+            learner.folder.mkdir(parents=True, exist_ok=True)
+            learner.clear()
+            learner.log.unlink(missing_ok=True)
             text = yaml.safe_dump(job.config, sort_keys=False, allow_unicode=True, width=110)
             xpe.write_atomic(learner.folder / "config.yaml", text.encode())
-    print(f"{cfg['mode']}: {len(learners)} x {count:,} trainable numbers; {len(by_length):,} sentences of "
+    print(f"{cfg['mode']}: {len(learners)} x {count:,} trainable numbers; {len(task.lengths):,} sentences of "
           f"{job.group}; {device.type}, {cfg['amp']}", flush=True)
-    return train(learners, model, autocast, cfg, pad_id, device, args.resume, quiet)
+    return train(learners, model, autocast, cfg, pad_id, device, step, quiet)
 
 
-def arguments(argv):
-    """The command line."""
+def main(argv=None):
+    """Plan, train pass by pass, score -> exit status."""
     parser = argparse.ArgumentParser(description="Train soft prompts, the backbone frozen.")
     parser.add_argument("--mode", choices=xpe.KINDS, help="spt, xpe, dual, or the baselines head and full")
     parser.add_argument("--ratio", type=float, help="with --mode dual: share of encoded rows")
@@ -673,12 +630,7 @@ def arguments(argv):
     parser.add_argument("--resume", action="store_true", help="go on with runs that were interrupted")
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help="any setting")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: auto)")
-    return parser.parse_args(argv)
-
-
-def main(argv=None):
-    """Plan, train pass by pass, score -> exit status."""
-    args = arguments(argv)
+    args = parser.parse_args(argv)
     rank, local, world = (int(os.environ.get(x) or 0) for x in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     job = plan(args)
     cfg, source, b = job.cfg, job.source, job.config["backbone"]
@@ -686,34 +638,32 @@ def main(argv=None):
                                                   b["trust_remote_code"])
     if source and source.meta["backbone"].get("fingerprint") not in (None, identity["fingerprint"]):
         raise ValueError(f"--adapt {args.adapt}: was trained on another backbone than {b['name']}")
-    learners = make_learners(job, args, tokenizer, identity)
-    learners = learners[rank::world or 1]   # torchrun: each process trains its share, none needs the others
+    # torchrun: each process trains its share, none needs the others
+    learners = make_learners(job, args, tokenizer, identity)[rank::world or 1]
     for learner in learners:
         if learner.folder.exists() and not args.resume:
             raise FileExistsError(f"{learner.folder} exists: --resume goes on, --out starts elsewhere")
         if learner.finished:
-            learner.check(learner.finished.get("settings") or {}, learner.folder / "prompt.json")
+            learner.check(learner.finished.get("settings"), learner.folder / "prompt.json")
     on_gpu = args.device in ("auto", "cuda") and torch.cuda.is_available()
     device = pick_device(f"cuda:{local}" if on_gpu else args.device)
     size = 1 if cfg["mode"] == "full" else cfg["learners_at_once"]
-    # a pass has equal blocks of rows, so its learners have equally many sentences
-    alike = [[x for x in learners if len(x.task.lengths) == n]
-             for n in dict.fromkeys(len(x.task.lengths) for x in learners)]
-    fresh = {k: v.clone() for k, v in backbone.state_dict().items()} if cfg["mode"] == "full" else None
-    for todo in (unfinished(some[i:i + size]) for some in alike for i in range(0, len(some), size)):
-        if fresh:
-            backbone.float().load_state_dict(fresh)
+    alike = {}      # a pass has equal blocks of rows, so its learners have equally many sentences
+    for learner in learners:
+        alike.setdefault(len(learner.task.lengths), []).append(learner)
+    for some in (some[i:i + size] for some in alike.values() for i in range(0, len(some), size)):
+        todo = [x for x in some if not x.ended()]
         try:
-            ended = not todo or run_pass(todo, job, backbone, tokenizer, device, args, quiet=rank > 0)
+            if todo and not run_pass(todo, job, backbone, tokenizer, device, quiet=rank > 0):
+                by = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE')}" if world else "python"
+                more = [] if args.resume else ["--resume"]
+                print(f"interrupted; go on with: {by} {shlex.join(sys.argv + more)}")
+                return 130
         except RuntimeError as e:
             if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
                 raise
             raise ValueError(f"out of memory with {len(todo)} learners of {cfg['batch_size']} sentences: "
                              f"lower train.learners_at_once, train.batch_size or evaluate.tokens") from None
-        if not ended:
-            by = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE')}" if world else "python"
-            print(f"interrupted; go on with: {by} {shlex.join(sys.argv + ['--resume'] * (not args.resume))}")
-            return 130
     good = [x for x in learners if x.finished]
     unscored = [x.folder for x in good if not (x.folder / "test.json").is_file()]
     if job.config["evaluate"]["after_training"] and unscored:
@@ -727,7 +677,7 @@ def main(argv=None):
     if good and rank == 0:
         print(f"next:\n  python evaluate.py {good[0].folder} --text \"Your sentence\"\n"
               f"  python evaluate.py {args.out}/* --report")
-    diverged = [x for x in good if x.finished["stopped"].startswith("diverged")]
+    diverged = [x for x in good if str(x.finished.get("stopped")).startswith("diverged")]
     return 0 if len(good) == len(learners) and not diverged else 2
 
 
