@@ -522,8 +522,11 @@ def plan(args):
         raise ValueError(f"{folder}: has the labels {', '.join(corpus.labels)}; {args.adapt} knows "
                          f"{', '.join(source.meta['labels'])}")
     if config["evaluate"]["after_training"]:        # what is wrong with these files is not told afterwards
-        for language in languages if source else corpus.languages():
-            corpus.read(language, "test")
+        try:
+            for language in languages if source else corpus.languages():
+                corpus.read(language, "test")
+        except FileNotFoundError as e:
+            raise FileNotFoundError(f"{e}; without scoring: --set evaluate.after_training=false") from None
     return SimpleNamespace(config=config, cfg=cfg, source=source, group=group, languages=languages,
                            corpus=corpus, data={"name": config["data"]["name"], "revision": revision})
 
