@@ -247,16 +247,15 @@ def main(argv=None):
             try:
                 texts[split] = [s.text for s in corpus.read(language, split)]
             except (ValueError, FileNotFoundError) as e:
-                wrong.append(f"error: {e}")
+                wrong.append(f"error: {e}\n")
         counts.append([len(texts[split]) for split in SPLITS])
         shared = len(set(texts["train"]) & set(texts["test"]))
         print(f"{language:<14}" + "".join(f"{n:>8,}" for n in counts[-1])
               + f"   {shared} of test stand in train too" * (shared > 0))
-    same = all(row == counts[0] for row in counts)
-    each = ", ".join(f"{split} {n}" for split, n in zip(SPLITS, counts[0])) + " in every language"
-    print(f"\n{len(counts)} languages, {sum(map(sum, counts)):,} sentences: {each if same else 'many sizes'}")
-    for line in wrong:
-        print(line, file=sys.stderr)
+    sizes = ", ".join(f"{split} {n}" for split, n in zip(SPLITS, counts[0])) + " in every language"
+    sizes = sizes if counts.count(counts[0]) == len(counts) else "many sizes"
+    print(f"\n{len(counts)} languages, {sum(map(sum, counts)):,} sentences: {sizes}")
+    sys.stderr.writelines(wrong)
     return 2 if wrong else 0
 
 

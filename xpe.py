@@ -1,8 +1,8 @@
 """Soft prompts for a frozen encoder: SPT, XPE and DUAL, one prompt or K of them side by side.
 
 The method of "Cross-Prompt Encoder for Low-Performing Languages" (IJCNLP-AACL Findings 2025, arXiv
-2508.10352). This file needs torch alone and stands alone: copy it. Any module with `get_input_embeddings()`
-that takes `inputs_embeds` and `attention_mask` can be the backbone.
+2508.10352). Copy this file: it needs torch alone, and as backbone any module with `get_input_embeddings()`
+that takes `inputs_embeds` and `attention_mask`.
 
     backbone = AutoModel.from_pretrained("FacebookAI/xlm-roberta-large")
     model = PromptedClassifier(backbone, SoftPrompt(1024, ratio=1.0), ClassificationHead(1024, 7))
@@ -98,9 +98,8 @@ class BiLSTM(nn.Module):
 
     def __init__(self, n_in, hidden, n_out, layers, dropout):
         super().__init__()
-        lstm = nn.LSTM(n_in, hidden, layers, bidirectional=True)
-        for name, weight in lstm.named_parameters():        # 8 for each layer
-            self.register_parameter(name, _stackable(weight))
+        for name, weight in nn.LSTM(n_in, hidden, layers, bidirectional=True).named_parameters():
+            self.register_parameter(name, _stackable(weight))       # 8 for each layer
         self.hidden, self.dropout = hidden, Dropout(dropout)
         self.mlp = MLP(2 * hidden, hidden, n_out, 1, dropout)
 
@@ -110,9 +109,8 @@ class BiLSTM(nn.Module):
         for i in range(0, len(weights), 8):
             x = self.dropout(x) if i else x  # (K, rows, P, H or 2D)
             with torch.autocast(x.device.type, enabled=False):      # there is no half LSTM on every device
-                each = [[w[k] for w in weights[i:i + 8]] for k in range(len(x))]
-                x = torch.stack([torch.lstm(x[k], (zero, zero), each[k], True, 1, 0.0, self.training,
-                                            True, True)[0] for k in range(len(x))])
+                x = torch.stack([torch.lstm(x[k], (zero, zero), [w[k] for w in weights[i:i + 8]], True, 1,
+                                            0.0, self.training, True, True)[0] for k in range(len(x))])
         return self.mlp(x, rows)
 
 
@@ -142,10 +140,9 @@ class SelfAttention(nn.Module):
 class SoftPrompt(nn.Module):
     """`length` prompt rows of a backbone `width` wide: standard rows first, then encoded rows.
 
-    ratio 0 is SPT (every row is itself the parameter), 1 is XPE (every row comes out of the encoder), in
-    between is DUAL: int(length x ratio) rows, at least 1 and at most length - 1, are encoded. `hidden` is D,
-    by default width / 4 (paper: 256 of 1024). paper: all embeddings start from N(0, 1). ValueError for
-    impossible sizes.
+    ratio 0 is SPT (every row is itself the parameter), 1 is XPE (every row comes out of the encoder), between
+    them DUAL: int(length x ratio) rows, at least 1 and at most length - 1, are encoded. `hidden` is D, by
+    default width / 4. paper: 256 of 1024; embeddings start from N(0, 1). ValueError for impossible sizes.
     """
 
     def __init__(self, width, length=20, ratio=1.0, encoder="mlp", hidden=0, layers=2, dropout=0.1, heads=8):
@@ -278,14 +275,14 @@ def only_row_0(backbone, wanted=True):
     """ours: a head that reads row 0 needs of the last layer just that row, which looks at all others: the
     same numbers for less work. In encoders that are built as BERT is; elsewhere nothing changes."""
     config = getattr(backbone, "config", None)
-    wanted = (wanted and getattr(config, "model_type", "") in AS_BERT
-              and getattr(config, "position_embedding_type", "absolute") == "absolute")
-    layer = backbone.encoder.layer[-1] if wanted else None
-    # gradient checkpointing runs layers a second time, in the backward pass
-    if not wanted or any(getattr(m, "gradient_checkpointing", False) for m in (backbone.encoder, layer)):
+    if not (wanted and getattr(config, "model_type", "") in AS_BERT
+            and getattr(config, "position_embedding_type", "absolute") == "absolute"
+            # which runs layers a second time, in the backward pass
+            and not getattr(backbone.encoder.layer[-1], "gradient_checkpointing", False)):
         yield
         return
-    attention, own = layer.attention, layer.attention.self
+    attention = backbone.encoder.layer[-1].attention
+    own = attention.self
 
     def forward(x, mask=None, *_, **__):
         q, k, v = (project(rows).unflatten(-1, (own.num_attention_heads, -1)).transpose(1, 2)
@@ -405,30 +402,28 @@ def restore(path, meta, tensors):
     both = nn.ModuleDict()
     try:
         check("", {name: meta.get(name) for name in ("kind", "reads", "max_length")})
-        with torch.device("meta"):      # takes no memory: the file must show tensors of these shapes first
-            both["head"] = ClassificationHead(**meta["head"])
-            if meta.get("prompt") is not None:
-                both["prompt"] = SoftPrompt(**meta["prompt"])
-        for section, module in both.items():
-            if meta[section].keys() != module.config.keys():
-                raise ValueError(f"{section!r} must hold {', '.join(module.config)}")
+        for section, module in ("head", ClassificationHead), ("prompt", SoftPrompt):
+            if meta.get(section) is not None:
+                with torch.device("meta"):      # no memory: the file must show tensors of these shapes first
+                    both[section] = module(**meta[section])
+                if meta[section].keys() != both[section].config.keys():
+                    raise ValueError(f"{section!r} must hold {', '.join(both[section].config)}")
         put(both, tensors)
     except (ValueError, TypeError, RuntimeError) as e:
         raise ValueError(f"{path}: {e}") from None
-    return (both["prompt"] if "prompt" in both else None), both["head"]
+    return dict(both.items()).get("prompt"), both["head"]
 
 
 def load_prompt(folder):
     """Read a prompt folder, or one of the authors' -> (SoftPrompt or None, ClassificationHead, meta).
 
     meta: kind, prompt, head (constructor arguments), reads, backbone {name, revision}, labels, max_length,
-    tokenizer (fingerprint), data, training. Raises FileNotFoundError or ValueError, naming the file and what
-    is wrong with it; keys and shapes must fit exactly.
+    tokenizer (fingerprint), data, training. FileNotFoundError or ValueError, with the file, unless all fits.
     """
     path = Path(folder) / "prompt.json"
-    if not path.is_file() and path.with_name("adapter_config.json").is_file():
-        return load_authors(folder)
     if not path.is_file():
+        if path.with_name("adapter_config.json").is_file():
+            return load_authors(folder)
         raise FileNotFoundError(f"{folder}: no prompt.json (a run that has not finished? train.py --resume)")
     meta = read_json(path)
     labels, backbone = meta.get("labels"), meta.get("backbone")
@@ -437,7 +432,7 @@ def load_prompt(folder):
             and all(isinstance(x, str) for x in (*labels, backbone.get("name"), backbone.get("revision")))):
         raise ValueError(f"{path}: format, labels, backbone, head or training are not as format 1 has them")
     prompt, head = restore(path, meta, read_tensors(path.with_name("prompt.safetensors")))
-    if len(set(labels)) != head.config["classes"] or len(labels) != head.config["classes"]:
+    if not len(labels) == len(set(labels)) == head.config["classes"]:
         raise ValueError(f"{path}: {len(set(labels))} labels for a head of {head.config['classes']} classes")
     return prompt, head, meta
 
@@ -485,8 +480,8 @@ def load_authors(folder):
 
 def export_peft(folder, prompt, head, meta):
     """Write a folder that *stock* peft loads as prompt tuning (PeftModel.from_pretrained on an
-    AutoModelForSequenceClassification); only for heads that read the prompt's first row, as XLM-R's own does.
-    Raises ValueError for other heads, FileExistsError for a folder that is not empty."""
+    AutoModelForSequenceClassification). ValueError for a head that does not read the prompt's first row, as
+    XLM-R's own does, FileExistsError for a folder that is not empty."""
     from safetensors.torch import save
     if prompt is None or meta["reads"] != "prompt":
         raise ValueError(f"peft has no form for a {meta['kind']!r} run whose head reads {meta['reads']!r}")
