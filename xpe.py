@@ -41,7 +41,7 @@ def check(section, values):
 
 def _stackable(tensor):
     """A new parameter (1, ...): one slice of a stack of K."""
-    return nn.Parameter(tensor.detach().clone()[None])
+    return nn.Parameter(tensor.detach()[None])
 
 
 class Linears(nn.Module):
@@ -277,7 +277,7 @@ def only_row_0(backbone, wanted=True):
     config = getattr(backbone, "config", None)
     if not (wanted and getattr(config, "model_type", "") in AS_BERT
             and getattr(config, "position_embedding_type", "absolute") == "absolute"
-            # which runs layers a second time, in the backward pass
+            # that would run the layer a second time, in the backward pass
             and not getattr(backbone.encoder.layer[-1], "gradient_checkpointing", False)):
         yield
         return
@@ -396,10 +396,24 @@ def read_tensors(path):
         raise ValueError(f"{path}: no whole safetensors file: {str(e).splitlines()[0]}") from None
 
 
-def restore(path, meta, tensors):
-    """(SoftPrompt or None, ClassificationHead) of the sizes in meta, filled from tensors named prompt.* and
-    head.*; ValueError with the path if anything is missing, impossible or does not fit exactly."""
-    both = nn.ModuleDict()
+def load_prompt(folder):
+    """Read a prompt folder, or one of the authors' -> (SoftPrompt or None, ClassificationHead, meta).
+
+    meta: kind, prompt, head (constructor arguments), reads, backbone {name, revision}, labels, max_length,
+    tokenizer (fingerprint), data, training. FileNotFoundError, or ValueError with the file, unless all fits.
+    """
+    path, theirs, both = Path(folder) / "prompt.json", Path(folder) / "adapter_config.json", {}
+    if path.is_file():
+        meta, tensors = read_json(path), read_tensors(path.with_name("prompt.safetensors"))
+    elif theirs.is_file():
+        path, (meta, tensors) = theirs, read_authors(theirs)
+    else:
+        raise FileNotFoundError(f"{folder}: no prompt.json (a run that has not finished? train.py --resume)")
+    labels, backbone = meta.get("labels"), meta.get("backbone")
+    if not (meta.get("format") == 1 and isinstance(labels, list)
+            and all(isinstance(meta.get(x), dict) for x in ("backbone", "head", "training"))
+            and all(isinstance(x, str) for x in (*labels, backbone.get("name"), backbone.get("revision")))):
+        raise ValueError(f"{path}: format, labels, backbone, head or training are not as format 1 has them")
     try:
         check("", {name: meta.get(name) for name in ("kind", "reads", "max_length")})
         for section, module in ("head", ClassificationHead), ("prompt", SoftPrompt):
@@ -408,33 +422,12 @@ def restore(path, meta, tensors):
                     both[section] = module(**meta[section])
                 if meta[section].keys() != both[section].config.keys():
                     raise ValueError(f"{section!r} must hold {', '.join(both[section].config)}")
-        put(both, tensors)
+        put(nn.ModuleDict(both), tensors)
+        if not len(labels) == len(set(labels)) == meta["head"]["classes"]:
+            raise ValueError(f"{len(set(labels))} labels for a head of {meta['head']['classes']} classes")
     except (ValueError, TypeError, RuntimeError) as e:
         raise ValueError(f"{path}: {e}") from None
-    return dict(both.items()).get("prompt"), both["head"]
-
-
-def load_prompt(folder):
-    """Read a prompt folder, or one of the authors' -> (SoftPrompt or None, ClassificationHead, meta).
-
-    meta: kind, prompt, head (constructor arguments), reads, backbone {name, revision}, labels, max_length,
-    tokenizer (fingerprint), data, training. FileNotFoundError or ValueError, with the file, unless all fits.
-    """
-    path = Path(folder) / "prompt.json"
-    if not path.is_file():
-        if path.with_name("adapter_config.json").is_file():
-            return load_authors(folder)
-        raise FileNotFoundError(f"{folder}: no prompt.json (a run that has not finished? train.py --resume)")
-    meta = read_json(path)
-    labels, backbone = meta.get("labels"), meta.get("backbone")
-    if not (meta.get("format") == 1 and isinstance(labels, list)
-            and all(isinstance(meta.get(x), dict) for x in ("backbone", "head", "training"))
-            and all(isinstance(x, str) for x in (*labels, backbone.get("name"), backbone.get("revision")))):
-        raise ValueError(f"{path}: format, labels, backbone, head or training are not as format 1 has them")
-    prompt, head = restore(path, meta, read_tensors(path.with_name("prompt.safetensors")))
-    if not len(labels) == len(set(labels)) == head.config["classes"]:
-        raise ValueError(f"{path}: {len(set(labels))} labels for a head of {head.config['classes']} classes")
-    return prompt, head, meta
+    return both.get("prompt"), both["head"], meta
 
 
 AUTHORS_NAMES = {       # theirs: ours, to be replaced in this order
@@ -447,9 +440,9 @@ AUTHORS_NAMES = {       # theirs: ours, to be replaced in this order
     "encoder.0.out_proj.": "encoder.project.", "encoder.0.layernorm.": "encoder.norm_"}
 
 
-def load_authors(folder):
-    """Read a prompt that the authors released, or their toolkit wrote, without peft; as `load_prompt`."""
-    path = Path(folder) / "adapter_config.json"
+def read_authors(path):
+    """adapter_config.json, of the authors' release or by their toolkit, and the tensors beside it -> meta and
+    tensors as in a folder of ours, without peft. ValueError with the path."""
     theirs, tensors = read_json(path), {}
     if theirs.get("peft_type") not in ("XPE", "P_TUNING") or "encoder_ratio" not in theirs:
         raise ValueError(f"{path}: not by the authors' toolkit: peft_type {theirs.get('peft_type')!r}")
@@ -463,19 +456,18 @@ def load_authors(folder):
     # in paper-era XPE files the name prompt_encoder.embedding holds the *encoded* rows' embedding
     if ratio == 1 and "prompt.encoded" not in tensors and "prompt.standard" in tensors:
         tensors["prompt.encoded"] = tensors.pop("prompt.standard")
-    if out is None or out.dim() != 2:
-        raise ValueError(f"{folder}: adapter_model.safetensors holds no head (base_model.classifier)")
+    if out is None or out.dim() != 2 or len(out) not in SIZE:
+        raise ValueError(f"{path}: adapter_model.safetensors holds no head (base_model.classifier)")
     encoder = str(get("encoder_reparameterization_type")).lower().replace("attn", "attention")
-    meta = {"kind": "spt" if ratio == 0 else "xpe" if ratio == 1 else "dual", "reads": "prompt",
+    meta = {"format": 1, "kind": "spt" if ratio == 0 else "xpe" if ratio == 1 else "dual", "reads": "prompt",
             "prompt": dict(width=get("token_dim") or out.shape[1], length=get("num_virtual_tokens"),
                            ratio=ratio, encoder=encoder, hidden=get("encoder_hidden_size"),
                            layers=get("encoder_num_layers") or 2, heads=get("encoder_num_heads") or 8,
                            dropout=get("encoder_dropout") or 0.0),
             "head": dict(width=out.shape[1], classes=len(out), dropout=0.1), "max_length": 164,
-            "backbone": {"name": str(get("base_model_name_or_path")), "revision": "main"}, "training": {}}
-    prompt, head = restore(path, meta, tensors)
-    meta["labels"] = [str(i) for i in range(len(out))]      # their files name no labels
-    return prompt, head, meta
+            "backbone": {"name": str(get("base_model_name_or_path")), "revision": "main"}, "training": {},
+            "labels": [str(i) for i in range(len(out))]}        # their files name none
+    return meta, tensors
 
 
 def export_peft(folder, prompt, head, meta):
