@@ -276,7 +276,7 @@ def only_row_0(backbone, wanted=True):
     same numbers for less work. In encoders that are built as BERT is; elsewhere nothing changes."""
     config = getattr(backbone, "config", None)
     if not (wanted and getattr(config, "model_type", "") in AS_BERT
-            and getattr(config, "position_embedding_type", "absolute") == "absolute"
+            and not config.is_decoder and config._attn_implementation in ("eager", "sdpa")
             # that would run the layer a second time, in the backward pass
             and not getattr(backbone.encoder.layer[-1], "gradient_checkpointing", False)):
         yield
