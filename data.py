@@ -7,7 +7,6 @@ torch and numpy (huggingface_hub to download) and knows nothing of the model.
     205 languages, 205,820 sentences: train 701, dev 99, test 204 in every language    (4 s on two cores)
 """
 import argparse
-import codecs
 import csv
 import difflib
 import hashlib
@@ -39,7 +38,7 @@ def nearest(word, words):
 
 def read_text(path):
     """-> the text of a UTF-8 file, with or without a BOM; ValueError with the line of what is no text."""
-    raw = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
+    raw = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
     try:
         return raw.replace(b"\0", b"\xff").decode()      # a NUL is no text either
     except UnicodeDecodeError as e:
@@ -50,12 +49,11 @@ def read_text(path):
 def read_tsv(path, labels=LABELS):
     """Read one split -> list of Sentence, texts exactly as they stand (not stripped, not normalised).
 
-    SIB-200 is written by pandas: a field with a quote character is quoted and its quotes are doubled (7,688
-    of 205,820 rows), so this is csv, strictly; empty lines are skipped. Raises FileNotFoundError, or
-    ValueError with file and line for anything that is not clean.
+    SIB-200 comes from pandas: a field with a quote is quoted, its quotes doubled (7,688 of 205,820 rows), so
+    this is csv, strictly; empty lines are skipped. ValueError with file and line for what is not clean.
     """
     reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter="\t", strict=True)
-    rows, sentences, seen = filter(None, reader), [], set()
+    rows, sentences = filter(None, reader), {}       # by index_id
     try:
         header = next(rows, [])
         for column in ("category", "text"):
@@ -72,16 +70,15 @@ def read_tsv(path, labels=LABELS):
                                  "labels go into a file labels.txt beside the languages, one a line")
             if not text.strip():
                 raise ValueError("empty text")
-            if index_id in seen:
+            if index_id in sentences:
                 raise ValueError(f"index_id {index_id!r} stands twice")
-            seen.add(index_id)
-            sentences.append(Sentence(index_id, labels.index(category), text))
+            sentences[index_id] = Sentence(index_id, labels.index(category), text)
     except (csv.Error, ValueError) as e:
         hint = " (an unclosed or stray quote?)" if isinstance(e, csv.Error) else ""
         raise ValueError(f"{path}:{reader.line_num}: {e}{hint}") from None
     if not sentences:
         raise ValueError(f"{path}: no sentence in this split")
-    return sentences
+    return list(sentences.values())
 
 
 class Corpus:
@@ -96,8 +93,7 @@ class Corpus:
                 self._files.setdefault(path.parent.name, {}).setdefault(split, path)
         if not self._files:
             raise FileNotFoundError(f"{root}: no folder <language>/{{train,dev,test}}.tsv here")
-        files = [self.root / folder / "labels.txt" for folder in ("", *self._files)]
-        files = [file for file in files if file.is_file()]
+        files = [f for name in ("", *self._files) for f in (self.root / name).glob("labels.txt")]
         for file in files:
             names = tuple(filter(str.strip, read_text(file).splitlines()))
             if len(set(names)) != len(names) or len(names) < 2:
@@ -111,14 +107,13 @@ class Corpus:
         return list(self._files)
 
     def check(self, languages):
-        """Raise ValueError for a language that is not in the corpus, naming the nearest code."""
+        """ValueError for a language that is not in the corpus, naming the nearest code."""
         for name in languages:
             if name not in self._files:
                 raise ValueError(f"no language {name!r} in {self.root}{nearest(name, self._files)}")
 
     def read(self, language, split):
-        """-> list of Sentence. Raises ValueError for an unknown language or an empty split, FileNotFoundError
-        for a missing one."""
+        """-> list of Sentence. ValueError for an unknown language, FileNotFoundError for a missing split."""
         self.check([language])
         files, split = self._files[language], split.replace("validation", "dev")
         if split not in files:
@@ -134,22 +129,20 @@ def fingerprint(sentences):
 
 
 def verify(folder, patterns):
-    """Compare the files of a snapshot with their hashes, which name them in the cache; the hub's client
-    compares sizes only. ConnectionError if one that was asked for differs; such files are removed, so that
-    they are fetched anew."""
-    damaged = 0
+    """Compare files of a snapshot with their hashes, which name them in the cache; the hub's client compares
+    sizes only. Removes those that differ, so that they are fetched anew, and raises ConnectionError."""
     wanted = (f for f in folder.rglob("*") if any(fnmatch(f.relative_to(folder), p) for p in patterns))
+    damaged = set()
     for file in (f.resolve() for f in wanted if f.is_symlink()):
-        git, large = len(file.name) == 40, len(file.name) == 64     # git's hash, or a large file's
-        digest = hashlib.sha1(b"blob %d\0" % file.stat().st_size) if git else hashlib.sha256()
+        git = hashlib.sha1(b"blob %d\0" % file.stat().st_size)
+        digest = {40: git, 64: hashlib.sha256()}.get(len(file.name))        # git's, or a large file's
         with file.open("rb") as f:
-            for block in iter(lambda: f.read(1 << 20), b""):
-                digest.update(block)
-        if (git or large) and digest.hexdigest() != file.name:
-            file.unlink()
-            damaged += 1
+            if digest and hashlib.file_digest(f, lambda: digest).hexdigest() != file.name:
+                damaged.add(file)
+    for file in damaged:
+        file.unlink()
     if damaged:
-        raise ConnectionError(f"{damaged} files came with another content than announced; they are removed")
+        raise ConnectionError(f"{len(damaged)} files came with other content than announced and are removed")
 
 
 def bound(request):
@@ -159,60 +152,50 @@ def bound(request):
 
 
 def download(name, revision, kind, patterns):
-    """Fetch what matches `patterns` of a hub repository in one snapshot -> folder, named after the commit.
-
-    One snapshot, because hundreds of single requests end in "429 too many requests". Passing trouble is
-    tried again; then FileNotFoundError says in one line what was wanted and why it could not be had.
-    """
+    """Fetch what matches `patterns` of a hub repository -> folder, named after the commit. In one snapshot:
+    hundreds of single requests end in "429 too many requests". Passing trouble is tried again; then
+    FileNotFoundError says in one line what was wanted and why it could not be had."""
     import huggingface_hub
     for wait in (1, 4, 16, None):
         try:
-            hooks = getattr(huggingface_hub.get_session(), "event_hooks", {}).get("request", [])
-            if bound not in hooks:      # each time, for the client opens a new session after some errors
-                hooks.append(bound)
+            # each time, for the client opens a new session after some errors
+            getattr(huggingface_hub.get_session(), "event_hooks", {"request": []})["request"].append(bound)
             folder = Path(huggingface_hub.snapshot_download(
                 name, repo_type=kind, revision=revision, max_workers=4, allow_patterns=patterns))
             verify(folder, patterns)
             return folder
         except Exception as e:      # the client's own, httpx's, requests' and the system's errors
             # what the server said may stand in the cause of a LocalEntryNotFoundError
-            answers = [x.response for x in (e, e.__cause__) if getattr(x, "response", None) is not None]
-            passing = (isinstance(e, ConnectionError) or "Timeout" in type(e).__name__
-                       or any(a.status_code in (408, 429, 500, 502, 503, 504) for a in answers))
-            if wait is None or not passing:
+            said = {getattr(getattr(x, "response", None), "status_code", 0) for x in (e, e.__cause__)}
+            if wait is None or not (isinstance(e, ConnectionError) or "Timeout" in type(e).__name__
+                                    or said & {408, 429, 500, 502, 503, 504}):
                 line = (str(e).strip() or "no answer").splitlines()[0][:160]
-                hint = ("offline? --data FOLDER and --backbone FOLDER take a copy; "
-                        "private or gated? `hf auth login` first")
-                raise FileNotFoundError(f"cannot get the {kind} {name} (revision {revision}) from the hub: "
-                                        f"{type(e).__name__}: {line} ({hint})") from None
+                raise FileNotFoundError(
+                    f"cannot get the {kind} {name} (revision {revision}) from the hub: {type(e).__name__}: "
+                    f"{line} (offline? --data FOLDER and --backbone FOLDER take a copy; "
+                    f"private or gated? `hf auth login` first)") from None
             time.sleep(wait)
 
 
 def locate(name, revision="main"):
     """-> (folder that holds the languages, revision): `name` is a folder, or a dataset on the hub.
-    Raises FileNotFoundError with what was wanted and what to do instead."""
+    FileNotFoundError with what was wanted and what to do instead."""
     places = Path(name).expanduser(), Path(__file__).resolve().parent / name
-    folder = next(filter(Path.is_dir, places), None)
-    if folder:
-        revision = "local"
-    elif re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name)):
-        folder = download(name, revision, "dataset", ["data/*.tsv", "data/*labels.txt"])
-        revision = folder.name
-    else:
-        raise FileNotFoundError(f"data.name: {str(name)!r} is neither a folder nor a dataset on the hub")
-    return (folder / "data" if (folder / "data").is_dir() else folder), revision
+    local = next(filter(Path.is_dir, places), None)
+    if not local and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+        raise FileNotFoundError(f"data.name: {name!r} is neither a folder nor a dataset on the hub")
+    folder = local or download(name, revision, "dataset", ["data/*.tsv", "data/*labels.txt"])
+    inner = folder / "data"
+    return (inner if inner.is_dir() else folder), ("local" if local else folder.name)
 
 
 def encode(texts, tokenizer, max_length):
     """Tokenize texts -> list of int32 arrays of token ids, special tokens included, cut at max_length."""
-    ids, texts = [], list(texts)
+    ids = []
     for i in range(0, len(texts), 2048):    # not all at once: the tokenizer's records take 14 KB a sentence
         part = tokenizer(texts[i:i + 2048], truncation=True, max_length=max_length,
                          return_attention_mask=False, return_token_type_ids=False)["input_ids"]
         ids += [np.array(row, dtype=np.int32) for row in part]
-    for text, row in zip(texts, ids):
-        if not len(row):
-            raise ValueError(f"the tokenizer makes no token of {text[:60]!r}")
     return ids
 
 
@@ -229,20 +212,18 @@ def collate(rows, pad_id):
 def length_batches(lengths, batch_size, seed, epoch):
     """One epoch's batches for training -> list of index arrays, a pure function of its arguments.
 
-    Sentences are grouped by length (a little noise mixes the groups anew each epoch), the groups shuffled.
-    `seed` decides which sentences meet; the order of the groups depends on the epoch alone, so that learners
-    of different seeds have batches of like length at each step: joining them adds little padding.
+    Sentences are grouped by length, with a little noise of `seed` and epoch, and the groups shuffled: by the
+    epoch alone, so that learners of all seeds have like lengths at each step and join with little padding.
     """
     noise = np.random.default_rng([seed, epoch]).random(len(lengths))
     order = np.argsort(np.asarray(lengths) * (1 + 0.04 * noise) + noise, kind="stable")
-    groups = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+    groups = np.split(order, range(batch_size, len(order), batch_size))
     return [groups[i] for i in np.random.default_rng([205, epoch]).permutation(len(groups))]
 
 
 def token_batches(lengths, budget, extra=0):
-    """Batches for evaluation -> list of index arrays: sorted by length, longest first (too little memory
-    shows at once), as many rows as fit `budget` positions with `extra` prompt rows each, and beyond 32 rows
-    only those that need less than 5 % padding. Whoever uses them restores the order."""
+    """Batches for evaluation -> list of index arrays, longest first (too little memory shows at once): as
+    many rows as fit `budget` positions with `extra` prompt rows each, beyond 32 if they pad less than 5 %."""
     order, batches, start = np.argsort(-np.asarray(lengths), kind="stable"), [], 0
     sizes = np.asarray(lengths)[order] + extra
     while start < len(order):
@@ -266,16 +247,15 @@ def main(argv=None):
             try:
                 texts[split] = [s.text for s in corpus.read(language, split)]
             except (ValueError, FileNotFoundError) as e:
-                wrong.append(f"error: {e}")
+                wrong.append(f"error: {e}\n")
         counts.append([len(texts[split]) for split in SPLITS])
         shared = len(set(texts["train"]) & set(texts["test"]))
         print(f"{language:<14}" + "".join(f"{n:>8,}" for n in counts[-1])
               + f"   {shared} of test stand in train too" * (shared > 0))
-    same = all(row == counts[0] for row in counts)
-    each = ", ".join(f"{split} {n}" for split, n in zip(SPLITS, counts[0])) + " in every language"
-    print(f"\n{len(counts)} languages, {sum(map(sum, counts)):,} sentences: {each if same else 'many sizes'}")
-    for line in wrong:
-        print(line, file=sys.stderr)
+    sizes = ", ".join(f"{split} {n}" for split, n in zip(SPLITS, counts[0])) + " in every language"
+    sizes = sizes if counts.count(counts[0]) == len(counts) else "many sizes"
+    print(f"\n{len(counts)} languages, {sum(map(sum, counts)):,} sentences: {sizes}")
+    sys.stderr.writelines(wrong)
     return 2 if wrong else 0
 
 

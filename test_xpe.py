@@ -1386,7 +1386,7 @@ def test_parity_with_the_authors_toolkit(tmp_path, ratio, encoder, layers, recor
     model.save_pretrained(tmp_path)
     for rewrite in (lambda folder: None, paper_era):
         rewrite(tmp_path)
-        prompt, head, _ = xpe.load_authors(tmp_path)
+        prompt, head, _ = xpe.load_prompt(tmp_path)
         got = xpe.PromptedClassifier(backbone, prompt, head).eval()(ids, mask)
         print(f"{ratio} {encoder} {layers}: differs by {(got - want).abs().max():.1e} of {want.std():.2f}")
         close(got, want)

@@ -1,8 +1,8 @@
 """Soft prompts for a frozen encoder: SPT, XPE and DUAL, one prompt or K of them side by side.
 
 The method of "Cross-Prompt Encoder for Low-Performing Languages" (IJCNLP-AACL Findings 2025, arXiv
-2508.10352). This file needs torch alone and stands alone: copy it. Any module with `get_input_embeddings()`
-that takes `inputs_embeds` and `attention_mask` can be the backbone.
+2508.10352). Copy this file: it needs torch alone, and as backbone any module with `get_input_embeddings()`
+that takes `inputs_embeds` and `attention_mask`.
 
     backbone = AutoModel.from_pretrained("FacebookAI/xlm-roberta-large")
     model = PromptedClassifier(backbone, SoftPrompt(1024, ratio=1.0), ClassificationHead(1024, 7))
@@ -41,7 +41,7 @@ def check(section, values):
 
 def _stackable(tensor):
     """A new parameter (1, ...): one slice of a stack of K."""
-    return nn.Parameter(tensor.detach().clone()[None])
+    return nn.Parameter(tensor.detach()[None])
 
 
 class Linears(nn.Module):
@@ -98,9 +98,8 @@ class BiLSTM(nn.Module):
 
     def __init__(self, n_in, hidden, n_out, layers, dropout):
         super().__init__()
-        lstm = nn.LSTM(n_in, hidden, layers, bidirectional=True)
-        for name, weight in lstm.named_parameters():        # 8 for each layer
-            self.register_parameter(name, _stackable(weight))
+        for name, weight in nn.LSTM(n_in, hidden, layers, bidirectional=True).named_parameters():
+            self.register_parameter(name, _stackable(weight))       # 8 for each layer
         self.hidden, self.dropout = hidden, Dropout(dropout)
         self.mlp = MLP(2 * hidden, hidden, n_out, 1, dropout)
 
@@ -110,9 +109,8 @@ class BiLSTM(nn.Module):
         for i in range(0, len(weights), 8):
             x = self.dropout(x) if i else x  # (K, rows, P, H or 2D)
             with torch.autocast(x.device.type, enabled=False):      # there is no half LSTM on every device
-                each = [[w[k] for w in weights[i:i + 8]] for k in range(len(x))]
-                x = torch.stack([torch.lstm(x[k], (zero, zero), each[k], True, 1, 0.0, self.training,
-                                            True, True)[0] for k in range(len(x))])
+                x = torch.stack([torch.lstm(x[k], (zero, zero), [w[k] for w in weights[i:i + 8]], True, 1,
+                                            0.0, self.training, True, True)[0] for k in range(len(x))])
         return self.mlp(x, rows)
 
 
@@ -142,10 +140,9 @@ class SelfAttention(nn.Module):
 class SoftPrompt(nn.Module):
     """`length` prompt rows of a backbone `width` wide: standard rows first, then encoded rows.
 
-    ratio 0 is SPT (every row is itself the parameter), 1 is XPE (every row comes out of the encoder), in
-    between is DUAL: int(length x ratio) rows, at least 1 and at most length - 1, are encoded. `hidden` is D,
-    by default width / 4 (paper: 256 of 1024). paper: all embeddings start from N(0, 1). ValueError for
-    impossible sizes.
+    ratio 0 is SPT (every row is itself the parameter), 1 is XPE (every row comes out of the encoder), between
+    them DUAL: int(length x ratio) rows, at least 1 and at most length - 1, are encoded. `hidden` is D, by
+    default width / 4. paper: 256 of 1024; embeddings start from N(0, 1). ValueError for impossible sizes.
     """
 
     def __init__(self, width, length=20, ratio=1.0, encoder="mlp", hidden=0, layers=2, dropout=0.1, heads=8):
@@ -278,14 +275,14 @@ def only_row_0(backbone, wanted=True):
     """ours: a head that reads row 0 needs of the last layer just that row, which looks at all others: the
     same numbers for less work. In encoders that are built as BERT is; elsewhere nothing changes."""
     config = getattr(backbone, "config", None)
-    wanted = (wanted and getattr(config, "model_type", "") in AS_BERT
-              and getattr(config, "position_embedding_type", "absolute") == "absolute")
-    layer = backbone.encoder.layer[-1] if wanted else None
-    # gradient checkpointing runs layers a second time, in the backward pass
-    if not wanted or any(getattr(m, "gradient_checkpointing", False) for m in (backbone.encoder, layer)):
+    if not (wanted and getattr(config, "model_type", "") in AS_BERT
+            and not config.is_decoder and config._attn_implementation in ("eager", "sdpa")
+            # that would run the layer a second time, in the backward pass
+            and not getattr(backbone.encoder.layer[-1], "gradient_checkpointing", False)):
         yield
         return
-    attention, own = layer.attention, layer.attention.self
+    attention = backbone.encoder.layer[-1].attention
+    own = attention.self
 
     def forward(x, mask=None, *_, **__):
         q, k, v = (project(rows).unflatten(-1, (own.num_attention_heads, -1)).transpose(1, 2)
@@ -399,47 +396,38 @@ def read_tensors(path):
         raise ValueError(f"{path}: no whole safetensors file: {str(e).splitlines()[0]}") from None
 
 
-def restore(path, meta, tensors):
-    """(SoftPrompt or None, ClassificationHead) of the sizes in meta, filled from tensors named prompt.* and
-    head.*; ValueError with the path if anything is missing, impossible or does not fit exactly."""
-    both = nn.ModuleDict()
-    try:
-        check("", {name: meta.get(name) for name in ("kind", "reads", "max_length")})
-        with torch.device("meta"):      # takes no memory: the file must show tensors of these shapes first
-            both["head"] = ClassificationHead(**meta["head"])
-            if meta.get("prompt") is not None:
-                both["prompt"] = SoftPrompt(**meta["prompt"])
-        for section, module in both.items():
-            if meta[section].keys() != module.config.keys():
-                raise ValueError(f"{section!r} must hold {', '.join(module.config)}")
-        put(both, tensors)
-    except (ValueError, TypeError, RuntimeError) as e:
-        raise ValueError(f"{path}: {e}") from None
-    return (both["prompt"] if "prompt" in both else None), both["head"]
-
-
 def load_prompt(folder):
     """Read a prompt folder, or one of the authors' -> (SoftPrompt or None, ClassificationHead, meta).
 
     meta: kind, prompt, head (constructor arguments), reads, backbone {name, revision}, labels, max_length,
-    tokenizer (fingerprint), data, training. Raises FileNotFoundError or ValueError, naming the file and what
-    is wrong with it; keys and shapes must fit exactly.
+    tokenizer (fingerprint), data, training. FileNotFoundError, or ValueError with the file, unless all fits.
     """
-    path = Path(folder) / "prompt.json"
-    if not path.is_file() and path.with_name("adapter_config.json").is_file():
-        return load_authors(folder)
-    if not path.is_file():
+    path, theirs, both = Path(folder) / "prompt.json", Path(folder) / "adapter_config.json", {}
+    if path.is_file():
+        meta, tensors = read_json(path), read_tensors(path.with_name("prompt.safetensors"))
+    elif theirs.is_file():
+        path, (meta, tensors) = theirs, read_authors(theirs)
+    else:
         raise FileNotFoundError(f"{folder}: no prompt.json (a run that has not finished? train.py --resume)")
-    meta = read_json(path)
     labels, backbone = meta.get("labels"), meta.get("backbone")
     if not (meta.get("format") == 1 and isinstance(labels, list)
             and all(isinstance(meta.get(x), dict) for x in ("backbone", "head", "training"))
             and all(isinstance(x, str) for x in (*labels, backbone.get("name"), backbone.get("revision")))):
         raise ValueError(f"{path}: format, labels, backbone, head or training are not as format 1 has them")
-    prompt, head = restore(path, meta, read_tensors(path.with_name("prompt.safetensors")))
-    if len(set(labels)) != head.config["classes"] or len(labels) != head.config["classes"]:
-        raise ValueError(f"{path}: {len(set(labels))} labels for a head of {head.config['classes']} classes")
-    return prompt, head, meta
+    try:
+        check("", {name: meta.get(name) for name in ("kind", "reads", "max_length")})
+        for section, module in ("head", ClassificationHead), ("prompt", SoftPrompt):
+            if meta.get(section) is not None:
+                with torch.device("meta"):      # no memory: the file must show tensors of these shapes first
+                    both[section] = module(**meta[section])
+                if meta[section].keys() != both[section].config.keys():
+                    raise ValueError(f"{section!r} must hold {', '.join(both[section].config)}")
+        put(nn.ModuleDict(both), tensors)
+        if not len(labels) == len(set(labels)) == meta["head"]["classes"]:
+            raise ValueError(f"{len(set(labels))} labels for a head of {meta['head']['classes']} classes")
+    except (ValueError, TypeError, RuntimeError) as e:
+        raise ValueError(f"{path}: {e}") from None
+    return both.get("prompt"), both["head"], meta
 
 
 AUTHORS_NAMES = {       # theirs: ours, to be replaced in this order
@@ -452,9 +440,9 @@ AUTHORS_NAMES = {       # theirs: ours, to be replaced in this order
     "encoder.0.out_proj.": "encoder.project.", "encoder.0.layernorm.": "encoder.norm_"}
 
 
-def load_authors(folder):
-    """Read a prompt that the authors released, or their toolkit wrote, without peft; as `load_prompt`."""
-    path = Path(folder) / "adapter_config.json"
+def read_authors(path):
+    """adapter_config.json, of the authors' release or by their toolkit, and the tensors beside it -> meta and
+    tensors as in a folder of ours, without peft. ValueError with the path."""
     theirs, tensors = read_json(path), {}
     if theirs.get("peft_type") not in ("XPE", "P_TUNING") or "encoder_ratio" not in theirs:
         raise ValueError(f"{path}: not by the authors' toolkit: peft_type {theirs.get('peft_type')!r}")
@@ -468,25 +456,24 @@ def load_authors(folder):
     # in paper-era XPE files the name prompt_encoder.embedding holds the *encoded* rows' embedding
     if ratio == 1 and "prompt.encoded" not in tensors and "prompt.standard" in tensors:
         tensors["prompt.encoded"] = tensors.pop("prompt.standard")
-    if out is None or out.dim() != 2:
-        raise ValueError(f"{folder}: adapter_model.safetensors holds no head (base_model.classifier)")
+    if out is None or out.dim() != 2 or len(out) not in SIZE:
+        raise ValueError(f"{path}: adapter_model.safetensors holds no head (base_model.classifier)")
     encoder = str(get("encoder_reparameterization_type")).lower().replace("attn", "attention")
-    meta = {"kind": "spt" if ratio == 0 else "xpe" if ratio == 1 else "dual", "reads": "prompt",
+    meta = {"format": 1, "kind": "spt" if ratio == 0 else "xpe" if ratio == 1 else "dual", "reads": "prompt",
             "prompt": dict(width=get("token_dim") or out.shape[1], length=get("num_virtual_tokens"),
                            ratio=ratio, encoder=encoder, hidden=get("encoder_hidden_size"),
                            layers=get("encoder_num_layers") or 2, heads=get("encoder_num_heads") or 8,
                            dropout=get("encoder_dropout") or 0.0),
             "head": dict(width=out.shape[1], classes=len(out), dropout=0.1), "max_length": 164,
-            "backbone": {"name": str(get("base_model_name_or_path")), "revision": "main"}, "training": {}}
-    prompt, head = restore(path, meta, tensors)
-    meta["labels"] = [str(i) for i in range(len(out))]      # their files name no labels
-    return prompt, head, meta
+            "backbone": {"name": str(get("base_model_name_or_path")), "revision": "main"}, "training": {},
+            "labels": [str(i) for i in range(len(out))]}        # their files name none
+    return meta, tensors
 
 
 def export_peft(folder, prompt, head, meta):
     """Write a folder that *stock* peft loads as prompt tuning (PeftModel.from_pretrained on an
-    AutoModelForSequenceClassification); only for heads that read the prompt's first row, as XLM-R's own does.
-    Raises ValueError for other heads, FileExistsError for a folder that is not empty."""
+    AutoModelForSequenceClassification). ValueError for a head that does not read the prompt's first row, as
+    XLM-R's own does, FileExistsError for a folder that is not empty."""
     from safetensors.torch import save
     if prompt is None or meta["reads"] != "prompt":
         raise ValueError(f"peft has no form for a {meta['kind']!r} run whose head reads {meta['reads']!r}")
