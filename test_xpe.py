@@ -330,8 +330,8 @@ def test_generators_make_a_prompt_independent_of_its_neighbours(encoder):
 
 
 def test_cheap_dropout_is_dropout():
-    """Catches: another share or scale than p, a gradient through another mask, dropout in evaluation, the same
-    mask twice or none of it reached by a real backbone."""
+    """Catches: another share or scale than p, a gradient through another mask, dropout in evaluation, the
+    same mask twice, a real backbone that is not reached."""
     x = torch.full((1_001, 333), 2.0, requires_grad=True)
     torch.manual_seed(3)
     with train.CheapDropout():
@@ -389,6 +389,17 @@ def test_the_shortened_last_layer_keeps_its_dropout(attention):
     close(grads[0], grads[1])
     backbone.train()
     model(*batch).sum().backward()
+
+
+def test_causal_layers_are_not_shortened():
+    """Catches: row 0 of a causal encoder, which may look at itself alone, shown the whole text."""
+    model = xpe.PromptedClassifier(tiny("roberta", is_decoder=True), loud(xpe.SoftPrompt(16, 6, 0.0), 1),
+                                   loud(xpe.ClassificationHead(16, 7, 0.0), 2)).eval()
+    batch = data.collate(texts(9, 4), 1)
+    got = model(*batch)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(xpe, "AS_BERT", ())
+        close(got, model(*batch))
 
 
 @pytest.mark.parametrize("kind", [*ENCODERS, *DECODERS])
@@ -754,12 +765,12 @@ def test_schedule_equals_that_of_transformers(steps, warmup):
     ("spt", "mlp", "bf16", 1), ("dual", "mlp", "bf16", 3), ("xpe", "attention", "fp16", 3),
     ("dual", "none", "off", 2), ("head", "mlp", "bf16", 2)])
 def test_a_step_waits_for_nothing_and_mixes_no_devices(monkeypatch, mode, encoder, amp, K):
-    """Catches: .item() and its like in the training step, a tensor that was left on the CPU. On `meta`, a device
-    without numbers, each of them is an error."""
+    """Catches: .item() and its like in the training step, a tensor that was left on the CPU. On `meta`, a
+    device without numbers, each of them is an error."""
     config = evaluate.load_config(settings=[f"prompt.encoder={encoder}", "train.batch_size=4"])
     cfg = train.settings_for(config, mode, None, None) | {"amp": amp}
     backbone = tiny(attn_implementation="eager")
-    if find_spec("transformers.masking_utils"):         # transformers itself looks into the mask, once a forward
+    if find_spec("transformers.masking_utils"):         # transformers looks into the mask, once a forward
         monkeypatch.setattr("transformers.masking_utils._ignore_bidirectional_mask_sdpa", lambda *_: False)
     generator, rand = torch.Generator, torch.rand       # of which there are none on `meta`
     ids, labels = texts(*range(2, 30)), np.arange(28) % 7

@@ -243,8 +243,8 @@ class PromptedClassifier(nn.Module):
         with only_row_0(self.backbone, row == 0):
             h = self.backbone(inputs_embeds=x, attention_mask=mask)  # (B, P+T, H), or (B, 1, H)
         h = h if torch.is_tensor(h) else h[0]
-        if self.reads == "mean":
-            text = attention_mask[:, :, None].to(h.dtype)
+        if self.reads == "mean":        # in float32: bf16 cannot count beyond 256
+            text = attention_mask[:, :, None].float()
             h = (h[:, P:] * text).sum(1) / text.sum(1)  # (B, H)
         elif self.reads == "last":
             h = h[torch.arange(B, device=h.device), P + attention_mask.sum(1) - 1]  # (B, H)
@@ -275,13 +275,16 @@ def only_row_0(backbone, wanted=True):
     """ours: a head that reads row 0 needs of the last layer just that row, which looks at all others: the
     same numbers for less work. In encoders that are built as BERT is; elsewhere nothing changes."""
     config = getattr(backbone, "config", None)
-    if not (wanted and getattr(config, "model_type", "") in AS_BERT
-            and not config.is_decoder and config._attn_implementation in ("eager", "sdpa")
-            # that would run the layer a second time, in the backward pass
-            and not getattr(backbone.encoder.layer[-1], "gradient_checkpointing", False)):
+    wanted = (wanted and getattr(config, "model_type", "") in AS_BERT
+              and not getattr(config, "is_decoder", False)
+              and config._attn_implementation in ("eager", "sdpa")
+              and getattr(config, "position_embedding_type", "absolute") == "absolute")
+    parts = (backbone.encoder, backbone.encoder.layer[-1]) if wanted else ()
+    # gradient checkpointing runs layers a second time, in the backward pass
+    if not parts or any(getattr(part, "gradient_checkpointing", False) for part in parts):
         yield
         return
-    attention = backbone.encoder.layer[-1].attention
+    attention = parts[-1].attention
     own = attention.self
 
     def forward(x, mask=None, *_, **__):
