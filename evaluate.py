@@ -49,21 +49,19 @@ def read_yaml(path):
     try:
         if os.path.getsize(path) > 1 << 18:
             raise ValueError("larger than 256 kB")
-        text = Path(path).read_text("utf-8")
-        depth = 0
+        text, depth = Path(path).read_text("utf-8"), 0
         for event in yaml.parse(text, yaml.SafeLoader):
             depth += isinstance(event, yaml.CollectionStartEvent)
             depth -= isinstance(event, yaml.CollectionEndEvent)
             if depth > 20 or isinstance(event, yaml.AliasEvent):    # PyYAML takes minutes for 100 kB of [
                 raise ValueError("aliases (*name) are not read, nor more than 20 nested levels")
         value = yaml.safe_load(text)
+        if not isinstance(value, dict):
+            raise ValueError("holds no mapping of settings")
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such configuration file") from None
-    except (yaml.YAMLError, ValueError, RecursionError, TypeError, LookupError, AttributeError,
-            OverflowError) as e:        # Python's for a malformed !!int, !!timestamp and the like
+    except Exception as e:      # PyYAML's own, and Python's for a malformed !!int, !!timestamp and the like
         raise ValueError(f"{path}: not readable as YAML: {e}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: holds no mapping of settings")
     return value
 
 
@@ -93,11 +91,10 @@ def _typed(value, default, name):
     if type(default) is float and type(value) is int and abs(value) < 1 << 53:
         value = float(value)
     if type(value) is not type(default):
-        match = re.fullmatch(r"([+-]?\d{1,9}(?:\.\d{0,9})?)[eE]([+-]?\d{1,2})", value) \
-            if isinstance(value, str) else None
-        hint = f"; YAML takes it for text, write {float(match[1])}e{int(match[2]):+d}" if match else ""
+        text = re.fullmatch(r"(\d{1,9})[eE]([+-]?\d{1,2})", str(value)) if type(default) is float else None
+        hint = f"; YAML takes it for text, write {text[1]}.0e{int(text[2]):+d}" if text else ""
         raise ValueError(f"{name} must be {type(default).__name__}, not {value!r}{hint}")
-    allowed = CHOICES.get(name.partition(".")[2])
+    allowed = CHOICES.get(name.rpartition(".")[2])
     if allowed and value not in allowed:
         raise ValueError(f"{name} cannot be {value!r}, only {', '.join(allowed)}")
     if isinstance(value, (int, float)) and not 0 <= value < 1e12:
@@ -174,13 +171,11 @@ def load_backbone(name, revision="main", attention="sdpa", trust_remote_code=Fal
             folder = download(name, revision, "model", [*files, "pytorch_model*.bin"])
         commit = folder.name
     where = dict(pretrained_model_name_or_path=str(folder.resolve()), trust_remote_code=trust_remote_code)
-    new = tuple(int(x) for x in transformers.__version__.split(".")[:2]) >= (4, 56)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
-        # always say the type: transformers 5 takes that of the checkpoint otherwise
+        # always say the type, in the word of both transformers 4 and 5: 5 takes the checkpoint's otherwise
         backbone, info = transformers.AutoModel.from_pretrained(
-            **where, attn_implementation=attention, output_loading_info=True,
-            **{"dtype" if new else "torch_dtype": torch.float32})
+            **where, attn_implementation=attention, output_loading_info=True, torch_dtype=torch.float32)
     except Exception as e:      # transformers, safetensors and tokenizers raise their own
         line = (str(e).strip() or "no answer").splitlines()[0][:160]
         how = "its own code would run: read it, then say backbone.trust_remote_code=true" \
@@ -300,20 +295,20 @@ class Run:
                 raise FileNotFoundError(f"{where}: no such run folder")
             folder = download(name, revision or "main", "model", ["*.json", "*.safetensors", "config.yaml"])
             self.name = str(where).replace("/", "--")
-        self.folder = self.results = folder
+        self.folder, saved = folder, folder / "config.yaml"
         self.prompt, self.head, self.meta = xpe.load_prompt(folder)
-        self.config = load_config(folder / "config.yaml" if (folder / "config.yaml").is_file() else None)
+        self.config = load_config(saved if saved.is_file() else None)
         self.released = not (folder / "prompt.json").is_file()          # by the paper's authors
         if self.released:       # what their files do not say, the names of their repositories and branches do
             if len(self.meta["labels"]) == len(LABELS):
                 self.meta["labels"] = list(LABELS)
-            seed = re.search(r"seed-0*(\d+)", self.name)
-            self.meta |= {"sources": resolve_group(self.config, "seen" if "-seen" in self.name else "joshi5"),
+            seed, group = (re.search(x, self.name) for x in (r"seed-0*(\d+)", "-(seen|joshi5)"))
+            self.meta |= {"sources": resolve_group(self.config, group[1] if group else "joshi5"),
                           "seed": int(seed[1]) if seed else 1}
-            if not re.search("-(seen|joshi5)", self.name):
+            if not group:
                 warn(f"{self.name}: its name says no source group, taken as joshi5")
-        if self.released or not Path(where).is_dir():       # not ours to write to
-            self.results = Path("runs") / self.name
+        # a released prompt and the hub's cache are not ours to write to
+        self.results = Path("runs") / self.name if self.released or not Path(where).is_dir() else folder
         self.sources = self.meta.get("sources")
         if not isinstance(self.sources, list) or not all(isinstance(s, str) for s in self.sources):
             raise ValueError(f"{folder / 'prompt.json'}: 'sources' must be a list of language codes")
@@ -332,11 +327,9 @@ class Run:
     def key(self):
         """Runs with equal keys can share one pass through the backbone."""
         own = str(self.folder) if self.meta["kind"] == "full" else ""
-        length = self.prompt.length if self.prompt is not None else 0
-        cfg = self.config
-        return json.dumps([own, cfg["backbone"], length, self.head.config, self.meta["reads"],
-                           self.meta["max_length"], self.meta["labels"], cfg["data"], self.numerics],
-                          sort_keys=True)
+        return json.dumps([own, self.prompt and self.prompt.length, self.head.config, self.numerics,
+                           *(self.meta[x] for x in ("reads", "max_length", "labels")),
+                           *(self.config[x] for x in ("backbone", "data"))], sort_keys=True)
 
 
 def groups_of(runs):
@@ -377,59 +370,56 @@ def join(runs, device):
     return model, tokenizer, place(model, device, *runs[0].numerics)
 
 
+def ask(runs, texts, device):
+    """Probabilities, a tensor (n, C) for each of the runs, which have one key; texts: n of them for each run.
+    Raises ValueError for what is no finite number, and as join does."""
+    model, tokenizer, autocast = join(runs, device)
+    config, sizes = runs[0].config, [len(own) for own in texts]
+    texts = sum(texts, [])
+    different = list(dict.fromkeys(texts))
+    ids = dict(zip(different, encode(different, tokenizer, runs[0].meta["max_length"])))
+    owner = torch.arange(len(runs)).repeat_interleave(torch.tensor(sizes))
+    logits = predict(model, [ids[text] for text in texts], tokenizer.pad_token_id or 0, owner,
+                     config["evaluate"]["tokens"], autocast, progress=True)
+    if not logits.isfinite().all():
+        raise ValueError(f"{', '.join(r.name for r in runs)}: logits that are not finite numbers")
+    return logits.softmax(1).split(sizes)
+
+
 def score(runs, split, languages, device):
     """Score runs of one key on a split -> {run name: (rows, predictions, identity)}.
 
     languages: for each run the list of its languages, or None for all. rows: a dict for each language
-    (language, n, accuracy, macro_f1, majority); predictions: see prediction_rows.
+    (language, n, accuracy, macro_f1, majority); predictions: rows of <split>_predictions.csv, made when they
+    are written, for ten runs of 205 languages would fill the memory.
     """
-    model, tokenizer, autocast = join(runs, device)
-    config = runs[0].config
-    folder, revision = locate(config["data"]["name"], config["data"]["revision"])
-    corpus = Corpus(folder)
-    for run in runs:
-        if list(corpus.labels) != run.meta["labels"]:
-            raise ValueError(f"{folder} has the labels {', '.join(corpus.labels)}; {run.name} was trained on "
-                             f"{', '.join(run.meta['labels'])}")
+    data, names = runs[0].config["data"], runs[0].meta["labels"]
+    folder, revision = locate(data["name"], data["revision"])
+    corpus, out = Corpus(folder), {}
+    if list(corpus.labels) != names:
+        raise ValueError(f"{folder} has the labels {', '.join(corpus.labels)}; {runs[0].name} was trained on "
+                         f"{', '.join(names)}")
     wanted = [list(dict.fromkeys(own or corpus.languages())) for own in languages]
-    read = {c: corpus.read(c, split) for c in dict.fromkeys(c for own in wanted for c in own)}
-    texts = [s.text for sentences in read.values() for s in sentences]
-    ids = iter(encode(texts, tokenizer, runs[0].meta["max_length"]))
-    ids = {c: [next(ids) for _ in sentences] for c, sentences in read.items()}
-    encoded = [[row for c in own for row in ids[c]] for own in wanted]
-    owner = torch.arange(len(runs)).repeat_interleave(torch.tensor([len(x) for x in encoded]))
-    logits = predict(model, sum(encoded, []), tokenizer.pad_token_id or 0, owner,
-                     config["evaluate"]["tokens"], autocast, progress=True)
-    if not logits.isfinite().all():
-        raise ValueError(f"{', '.join(r.name for r in runs)}: logits that are not finite numbers")
-    out, parts = {}, iter(logits.softmax(1).split([len(read[c]) for own in wanted for c in own]))
-    for run, own in zip(runs, wanted):
-        rows, parts_of = [], {c: next(parts) for c in own}                  # (n, C) for each language
-        for c, p in parts_of.items():
-            labels, predicted = np.array([s.label for s in read[c]]), p.argmax(1).numpy()
+    read = {c: corpus.read(c, split) for c in dict.fromkeys(sum(wanted, []))}
+    answers = ask(runs, [[s.text for c in own for s in read[c]] for own in wanted], device)
+    for run, own, p in zip(runs, wanted, answers):
+        rows, sentences = [], [(c, s) for c in own for s in read[c]]
+        for c, part in zip(own, p.split([len(read[c]) for c in own])):
+            labels, predicted = np.array([s.label for s in read[c]]), part.argmax(1).numpy()
             rows.append(dict(language=c, n=len(labels), accuracy=accuracy(labels, predicted),
                              macro_f1=macro_f1(labels, predicted), majority=majority(labels)))
-        identity = {"revision": revision, "data": fingerprint([s for c in own for s in read[c]])}
-        out[run.name] = rows, prediction_rows(read, parts_of, corpus.labels), identity
+        predictions = ((c, s.index_id, names[s.label], names[q.argmax()], *(f"{x:.5f}" for x in q.tolist()))
+                       for (c, s), q in zip(sentences, p))
+        identity = {"revision": revision, "data": fingerprint([s for _, s in sentences])}
+        out[run.name] = rows, predictions, identity
     return out
 
 
-def prediction_rows(read, probabilities, labels):
-    """One dict for each sentence, made as it is written: ten runs of 205 languages would fill the memory."""
-    for language, parts in probabilities.items():
-        for s, p in zip(read[language], parts.tolist()):
-            yield dict(language=language, index_id=s.index_id, label=labels[s.label],
-                       predicted=labels[max(range(len(p)), key=p.__getitem__)],
-                       **{f"p({name})": f"{x:.5f}" for name, x in zip(labels, p)})
-
-
-def to_csv(rows):
-    """Dicts with equal keys -> CSV as bytes."""
-    out, rows = io.StringIO(newline=""), iter(rows)
-    first = next(rows)
-    writer = csv.DictWriter(out, first.keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerow(first)
+def to_csv(columns, rows):
+    """Names of the columns, and rows -> CSV as bytes; None is an empty field."""
+    out = io.StringIO(newline="")
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(columns)
     writer.writerows(rows)
     return out.getvalue().encode()
 
@@ -446,18 +436,18 @@ def write_scores(run, split, rows, predictions, identity, folder):
     summary = {"run": run.name, "kind": run.meta["kind"], "sources": run.sources, "split": split, **identity,
                "groups": {t: {"accuracy": m, "languages": n, "of": of} for t, (m, n, of) in means.items()},
                "languages": scores}
-    rounded = [{k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()} for row in rows]
-    xpe.write_atomic(folder / f"{split}_predictions.csv", to_csv(predictions))
-    xpe.write_atomic(folder / f"{split}.csv", to_csv(rounded))
+    rounded = ([f"{v:.4f}" if isinstance(v, float) else v for v in row.values()] for row in rows)
+    columns = ["language", "index_id", "label", "predicted", *(f"p({x})" for x in run.meta["labels"])]
+    xpe.write_atomic(folder / f"{split}_predictions.csv", to_csv(columns, predictions))
+    xpe.write_atomic(folder / f"{split}.csv", to_csv(rows[0], rounded))
     xpe.write_atomic(folder / f"{split}.json", json.dumps(summary, indent=1).encode() + b"\n")
 
 
 def table(run, rows, every_language=True):
     """The scores of one run as text: means over groups beside chance, then every language."""
-    scores = {r["language"]: r["accuracy"] for r in rows}
-    chance = {r["language"]: r["majority"] for r in rows}
-    lines = [f"{run.name}", f"  {'mean over languages':<20} accuracy %  chance %  languages"]
+    scores, chance = ({r["language"]: r[key] for r in rows} for key in ("accuracy", "majority"))
     means, chances = (group_means(x, run.config, run.sources) for x in (scores, chance))
+    lines = [run.name, f"  {'mean over languages':<20} accuracy %  chance %  languages"]
     for title, (mean, n, of) in means.items():
         if n:
             part = f" of {of}: the others were not scored" if n < of else ""
@@ -478,21 +468,21 @@ def report_scores(runs, split, languages, device, out=None, show=True):
         if both:
             warn(f"{run.name}: {', '.join(both)}: a source of this run, so not zero-shot")
     for group in groups_of(runs):
-        start, n = time.time(), 0
+        start = time.time()
         # an adapted prompt answers for its own language
         own = [languages or ([r.meta["adapted_to"]] if "adapted_to" in r.meta else None) for r in group]
         results = score(group, split, own, device)
         seconds = time.time() - start
         for run in group:
-            rows, predictions, identity = results[run.name]
-            n, done[run.name] = n + sum(r["n"] for r in rows), rows
+            done[run.name], predictions, identity = results[run.name]
             if show:
-                print(table(run, rows, every_language=len(runs) < 4))
+                print(table(run, done[run.name], every_language=len(runs) < 4))
             if out or not languages:
                 folder = Path(out) / run.name if out else run.results
-                write_scores(run, split, rows, predictions, identity, folder)
+                write_scores(run, split, done[run.name], predictions, identity, folder)
                 if show:
                     print(f"  {folder}/{split}.csv, .json, _predictions.csv")
+        n = sum(row["n"] for rows, *_ in results.values() for row in rows)
         print(f"{n:,} sentences in {seconds:.1f} s, loading included\n")
     return [done[run.name] for run in runs]
 
@@ -500,16 +490,10 @@ def report_scores(runs, split, languages, device, out=None, show=True):
 def classify(runs, texts, device):
     """Print what each run says of each text; runs of one backbone answer in one forward pass."""
     for group in groups_of(runs):
-        model, tokenizer, autocast = join(group, device)
-        encoded = encode(texts, tokenizer, group[0].meta["max_length"])
-        owner = torch.arange(len(group)).repeat_interleave(len(texts))
-        logits = predict(model, encoded * len(group), tokenizer.pad_token_id or 0, owner, autocast=autocast)
-        answers = logits.softmax(1).unflatten(0, (len(group), len(texts)))
-        for i, text in enumerate(texts):
-            for run, p in zip(group, answers[:, i]):
-                best = int(p.argmax())
+        for text, *answers in zip(texts, *ask(group, [texts] * len(group), device)):
+            for run, p in zip(group, answers):
                 who = f"{run.name}\t" if len(runs) > 1 else ""
-                print(f"{who}{run.meta['labels'][best]}\t{p[best]:.3f}\t{text}")
+                print(f"{who}{run.meta['labels'][p.argmax()]}\t{p.max():.3f}\t{text}")
 
 
 def main(argv=None):

@@ -10,6 +10,7 @@ import csv
 from collections import Counter
 from importlib.util import find_spec
 from itertools import groupby, product
+from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,7 +43,7 @@ def read_run(folder, split, config, gold):
     absent = {"adapted_to": "", "adapted_from": "", "training": {}, "prompt": {"encoder": "mlp"}}
     r = SimpleNamespace(**absent | read_json(folder / "prompt.json"))
     r.name, r.hits, r.scores = folder.resolve().name, {}, {}
-    r.method = method_name(r.kind, r.prompt)
+    r.method, r.rank = method_name(r.kind, r.prompt), KINDS.index(r.kind)
     r.source = next((group for group in config["groups"] if {*resolve_group(config, group)} == {*r.sources}),
                     "+".join(r.sources))
     for c, rows in groupby(read_csv(folder / f"{split}_predictions.csv"), lambda row: row["language"]):
@@ -70,10 +71,9 @@ def figures(r, config, before, say):
     for title, (_, n, of) in means.items():
         if 0 < n < of:
             say(f"{r.name}: {title}: {of - n} of {of} languages not scored")
-    left = [(title, means[title][2], len(codes)) for title, codes in config["targets"].items()]
-    left = ", ".join(f"{title} {n} of {of}" for title, n, of in left if n < of)
-    if left:
-        say(f"{r.method} {r.source}: languages left without its own sources: {left}")
+    left = ((title, means[title][2], len(codes)) for title, codes in config["targets"].items())
+    if left := [f"{title} {n} of {of}" for title, n, of in left if n < of]:
+        say(f"{r.method} {r.source}: languages left without its own sources: {', '.join(left)}")
     return {title: np.nan if mean is None else mean for title, (mean, _, _) in means.items()}
 
 
@@ -82,17 +82,15 @@ def averages(runs, say):
 
     Says which seeds are missing. Raises ValueError if one stands twice.
     """
-    rows, out = {}, []
-    for r in sorted(runs, key=lambda r: (r.source, KINDS.index(r.kind), r.method)):
-        rows.setdefault((r.method, r.source), []).append(r)
-    for (method, source), own in rows.items():
-        have, peers = [(r.seed, r.adapted_to) for r in own], [r for r in runs if r.source == source]
+    out, order = [], attrgetter("source", "rank", "method")
+    for (source, _, method), own in groupby(sorted(runs, key=order), order):
+        own, peers = list(own), [r for r in runs if r.source == source]
+        have = [(r.seed, r.adapted_to) for r in own]
         if len({*have}) < len(have):
             raise ValueError(f"{method} {source}: a seed stands twice in {', '.join(r.name for r in own)}")
         want = product({r.seed for r in peers}, {r.adapted_to for r in peers})
-        lacking = ", ".join(f"{seed} {c}".strip() for seed, c in sorted({*want} - {*have}))
-        if lacking:
-            say(f"{method} {source}: missing although other runs have them: seeds {lacking}")
+        if lacking := [f"{seed} {c}".strip() for seed, c in sorted({*want} - {*have})]:
+            say(f"{method} {source}: missing although other runs have them: seeds {', '.join(lacking)}")
         seeds, languages = (sorted({*x}) for x in zip(*have))
         row = {"method": method, "source": source, "n": len(seeds)}
         if own[0].adapted_to:
@@ -101,9 +99,8 @@ def averages(runs, say):
             row["trainable"] = own[0].training.get("trainable")
             settings = [r.training.get("settings") or {} for r in own]
             mixed = {k for s in settings for k in s if s[k] != settings[0].get(k)}
-            mixed = ", ".join(sorted(mixed - {"learners_at_once", "tokens"}))
-            if mixed:
-                say(f"{method} {source}: its runs differ in {mixed}, and are averaged all the same")
+            if mixed := sorted(mixed - {"learners_at_once", "tokens"}):
+                say(f"{method} {source}: its runs differ in {', '.join(mixed)}, and are averaged all the same")
         for name in own[0].figures:
             values = [np.mean([r.figures[name] for r in own if r.seed == seed]) for seed in seeds]
             row[name] = float(np.mean(values))
@@ -290,8 +287,8 @@ def main(args):
         (out := Path(args.out)).mkdir(parents=True, exist_ok=True)
         write_atomic(out / "report.md", "\n".join([text, "", *(f"* {x}" for x in notes), ""]).encode())
         rows = [{"table": title} | row for title, block in blocks.items() for row in block]
-        columns = {k: None for row in rows for k in row}
-        write_atomic(out / "report.csv", to_csv([columns | row for row in rows]))
+        columns = dict.fromkeys(k for row in rows for k in row)
+        write_atomic(out / "report.csv", to_csv(columns, ([row.get(k) for k in columns] for row in rows)))
         print(f"{out}/report.md, report.csv: written")
     if args.plot:
         plot(args.plot, f"{A} minus {B}", of_languages, config, facts)
