@@ -42,8 +42,6 @@ CHOICES = {"optimizer": ("adafactor", "adamw"), "schedule": ("cosine", "linear")
            "encoder": xpe.ENCODERS, "reads": xpe.READS, "attention": ("sdpa", "eager")}
 
 
-# ---- configuration ----------------------------------------------------------------------------------------
-
 def read_yaml(path):
     """A mapping from a YAML file, read safely; ValueError with the path for anything else."""
     try:
@@ -149,8 +147,6 @@ def resolve_group(config, group, _inside=(), _known=None):
     return out
 
 
-# ---- the backbone -----------------------------------------------------------------------------------------
-
 def load_backbone(name, revision="main", attention="sdpa", trust_remote_code=False):
     """-> (backbone in float32 without its pooler, tokenizer, identity): from a folder or the hub.
 
@@ -224,8 +220,6 @@ def place(model, device, amp, frozen_weights="amp"):
     return nullcontext if pure or amp == "off" else lambda: torch.autocast(device.type, DTYPES[amp])
 
 
-# ---- predictions and scores -------------------------------------------------------------------------------
-
 @torch.no_grad()
 def predict(model, encoded, pad_id, owner=None, budget=16384, autocast=nullcontext, progress=False):
     """Logits (n, C) in float32 on the CPU, in the order given, whatever order they were computed in.
@@ -237,12 +231,11 @@ def predict(model, encoded, pad_id, owner=None, budget=16384, autocast=nullconte
     owner = torch.zeros(len(encoded), dtype=torch.long) if owner is None else owner
     logits = torch.full((len(encoded), model.head.config["classes"]), float("nan"))
     P = 0 if model.prompt is None else model.prompt.length
-    with tqdm(total=len(encoded), unit=" sentences", leave=False, disable=None if progress else True) as bar:
-        for rows in token_batches([len(x) for x in encoded], budget, P):
-            ids, mask = collate([encoded[i] for i in rows], pad_id)
-            with autocast():
-                logits[rows] = model(ids.to(device), mask.to(device), owner[rows]).float().cpu()
-            bar.update(len(rows))
+    batches = token_batches([len(x) for x in encoded], budget, P)
+    for rows in tqdm(batches, unit=" batches", leave=False, disable=None if progress else True):
+        ids, mask = collate([encoded[i] for i in rows], pad_id)
+        with autocast():
+            logits[rows] = model(ids.to(device), mask.to(device), owner[rows]).float().cpu()
     return logits
 
 
@@ -275,8 +268,6 @@ def group_means(scores, config, sources):
     have = {title: [scores[c] for c in codes if c in scores] for title, codes in groups.items()}
     return {t: (float(np.mean(have[t])) if have[t] else None, len(have[t]), len(groups[t])) for t in groups}
 
-
-# ---- runs -------------------------------------------------------------------------------------------------
 
 def method_name(kind, prompt):
     """The name of a method in tables and folders: xpe, dual30, xpe-lstm ..."""
@@ -374,13 +365,12 @@ def ask(runs, texts, device):
     """Probabilities, a tensor (n, C) for each of the runs, which have one key; texts: n of them for each run.
     Raises ValueError for what is no finite number, and as join does."""
     model, tokenizer, autocast = join(runs, device)
-    config, sizes = runs[0].config, [len(own) for own in texts]
-    texts = sum(texts, [])
+    sizes, texts = [len(own) for own in texts], sum(texts, [])
     different = list(dict.fromkeys(texts))
     ids = dict(zip(different, encode(different, tokenizer, runs[0].meta["max_length"])))
     owner = torch.arange(len(runs)).repeat_interleave(torch.tensor(sizes))
     logits = predict(model, [ids[text] for text in texts], tokenizer.pad_token_id or 0, owner,
-                     config["evaluate"]["tokens"], autocast, progress=True)
+                     runs[0].config["evaluate"]["tokens"], autocast, progress=True)
     if not logits.isfinite().all():
         raise ValueError(f"{', '.join(r.name for r in runs)}: logits that are not finite numbers")
     return logits.softmax(1).split(sizes)
@@ -498,11 +488,12 @@ def classify(runs, texts, device):
 
 def main(argv=None):
     """The command line."""
+    codes = {"type": lambda text: text.split(","), "default": []}
     parser = argparse.ArgumentParser(description="Score prompts on every language; report; export.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, or hub names (name@branch)")
     parser.add_argument("--split", default="test", choices=("train", "dev", "test"))
-    parser.add_argument("--languages", help="codes, separated by commas (default: all)")
-    parser.add_argument("--groups", help="groups of the configuration, separated by commas")
+    parser.add_argument("--languages", **codes, help="separated by commas (default: all)")
+    parser.add_argument("--groups", **codes, help="of the configuration, separated by commas")
     parser.add_argument("--data", help="folder or dataset, instead of the run's own")
     parser.add_argument("--backbone", help="folder or hub name, instead of the run's own")
     parser.add_argument("--trust-remote-code", action="store_true", help="run a backbone's own code")
@@ -533,11 +524,11 @@ def main(argv=None):
             raise ValueError("--text: nothing to classify")
         classify(runs, texts, device)
     else:
-        languages = args.languages.split(",") if args.languages else []
-        for group in args.groups.split(",") if args.groups else []:
-            if group not in runs[0].config["groups"]:
-                raise ValueError(f"--groups: no group {group!r}{nearest(group, runs[0].config['groups'])}")
-            languages += [c for c in resolve_group(runs[0].config, group) if c not in languages]
+        config = runs[0].config
+        for group in args.groups:
+            if group not in config["groups"]:
+                raise ValueError(f"--groups: no group {group!r}{nearest(group, config['groups'])}")
+        languages = resolve_group(config, args.languages + args.groups)
         report_scores(runs, args.split, languages, device, args.out)
     return 0
 

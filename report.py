@@ -7,6 +7,7 @@ backbone or corpus; all is recomputed from the predictions; what is missing is s
     |    xpe| joshi5|  3|    63,271| 56.7 ± 0.4|     23.4 ± 0.3| 33.2 ± 0.5| ...    (sample/backbone, SIB-200)
 """
 import csv
+import io
 from collections import Counter
 from importlib.util import find_spec
 from itertools import groupby, product
@@ -30,7 +31,7 @@ KINDS = ("full", "head", "spt", "dual", "xpe")      # in the order of the tables
 
 def read_csv(path):
     """Rows of a CSV file as dicts, lines of '#' skipped."""
-    return csv.DictReader(x for x in path.read_text("utf-8").splitlines() if not x.startswith("#"))
+    return csv.DictReader(x for x in io.StringIO(path.read_text("utf-8")) if not x.startswith("#"))
 
 
 def read_run(folder, split, config, gold):
@@ -43,6 +44,8 @@ def read_run(folder, split, config, gold):
     absent = {"adapted_to": "", "adapted_from": "", "training": {}, "prompt": {"encoder": "mlp"}}
     r = SimpleNamespace(**absent | read_json(folder / "prompt.json"))
     r.name, r.hits, r.scores = folder.resolve().name, {}, {}
+    r.seed, r.backbone = int(r.seed), Path(r.backbone["name"]).name
+    r.trainable, r.settings = r.training.get("trainable"), r.training.get("settings") or {}
     r.method, r.rank = method_name(r.kind, r.prompt), KINDS.index(r.kind)
     r.source = next((group for group in config["groups"] if {*resolve_group(config, group)} == {*r.sources}),
                     "+".join(r.sources))
@@ -96,9 +99,8 @@ def averages(runs, say):
         if own[0].adapted_to:
             row["languages"] = " ".join(languages) if len(languages) < 4 else len(languages)
         else:
-            row["trainable"] = own[0].training.get("trainable")
-            settings = [r.training.get("settings") or {} for r in own]
-            mixed = {k for s in settings for k in s if s[k] != settings[0].get(k)}
+            row["trainable"] = own[0].trainable
+            mixed = {k for r in own for k in r.settings if r.settings[k] != own[0].settings.get(k)}
             if mixed := sorted(mixed - {"learners_at_once", "tokens"}):
                 say(f"{method} {source}: its runs differ in {', '.join(mixed)}, and are averaged all the same")
         for name in own[0].figures:
@@ -146,7 +148,7 @@ def holm(p):
 
 
 def compare(a, b, gold, config, say):
-    """Runs A and runs B -> rows of groups and rows of languages: A minus B in points of accuracy.
+    """Runs A and runs B -> rows of groups, rows of languages (A minus B in points of accuracy), the verdict.
 
     Paired by seed and test sentence; a source of either is no target. low to high: 95 % of 10,000 resamples
     of index_ids (each with all its translations) and, independently, of seeds; languages and sources stay
@@ -186,7 +188,10 @@ def compare(a, b, gold, config, say):
             low, high = np.percentile(np.mean([draws[r["language"]] for r in rows], 0), (2.5, 97.5))
             signed = {"A - B": f"{x - y:+.2f}", "low": f"{low:+.2f}", "high": f"{high:+.2f}"}
             of_groups.append({"group": title, "languages": len(rows), "A": x, "B": y} | signed)
-    return of_groups, sorted(of_languages, key=lambda r: -r["A - B"])
+    of_languages.sort(key=lambda r: -r["A - B"])
+    won, lost = (sum(sign * r["A - B"] > 1e-9 for r in targets) for sign in (1, -1))
+    sure = ", ".join(f"{r['language']} {r['A - B']:+.1f}" for r in of_languages if r["mark"] == "*")
+    return of_groups, of_languages, f"{won} won, {lost} lost; significant, by Holm: {sure or 'none'}"
 
 
 def plot(path, title, rows, config, facts):
@@ -233,9 +238,7 @@ def main(args):
         try:
             runs.append(read_run(folder, args.split, config, gold))
         except (FileNotFoundError, NotADirectoryError) as e:
-            name = Path(e.filename).name
-            how = "train.py --resume ends" if name == "prompt.json" else f"python evaluate.py {folder} scores"
-            say(f"{folder}: left out, no {name}; {how} it")
+            say(f"{folder}: left out, no {Path(e.filename).name}; python evaluate.py {folder} scores it")
         except (AttributeError, KeyError, TypeError) as e:
             raise ValueError(f"{folder}: not as evaluate.py writes it: {e!r}") from None
     if not runs:
@@ -246,7 +249,7 @@ def main(args):
         r.hits, r.scores = ({c: x for c, x in d.items() if c not in leave_out} for d in (r.hits, r.scores))
     if "ars_Arab" in gold.keys() - leave_out and any("arb_Arab" in r.sources for r in runs):
         say("ars_Arab shares 138 of its 204 test sentences with arb_Arab, a source; --leave-out ars_Arab")
-    backbone, *others = sorted({Path(r.backbone["name"]).name for r in runs})
+    backbone, *others = sorted({r.backbone for r in runs})
     if others:
         raise ValueError(f"runs of several backbones, {backbone}, {', '.join(others)}: report one at a time")
     papers = "low_performing" in config["targets"].values()
@@ -263,22 +266,17 @@ def main(args):
     if papers:
         blocks["Published (XLM-R-large, 10 seeds, the paper)"] = [dict(zip(PAPER, row)) for row in PUBLISHED]
         blocks["Published (SIB-200's paper, without nqo_Nkoo)"] = baseline_rows(config, facts.values())
-    blocks["Adapted to a target language"] = averages(adapted, say)
+    blocks["Adapted to a target language"], of_languages = averages(adapted, say), []
     if args.compare:
         A, B = args.compare
         picked = [[r for r in direct if name in (r.method, f"{r.method}-{r.source}")] for name in (A, B)]
         if [len({r.source for r in own}) for own in picked] != [1, 1]:
             known = sorted({f"{r.method}-{r.source}" for r in direct})
             raise ValueError(f"--compare {A} {B}: each must be one of {', '.join(known)}")
-        of_groups, of_languages = compare(*picked, gold, config, say)
+        of_groups, of_languages, verdict = compare(*picked, gold, config, say)
         blocks[f"{A} (A) against {B} (B), 95 % intervals"] = of_groups
-    text = "\n\n".join(f"{title}\n\n{table(rows)}" for title, rows in blocks.items() if rows)
-    if args.compare:
-        tested = [r for r in of_languages if r["mark"] != "s"]
-        won, lost = (sum(sign * r["A - B"] > 1e-9 for r in tested) for sign in (1, -1))
-        sure = ", ".join(f"{r['language']} {r['A - B']:+.1f}" for r in tested if r["mark"] == "*")
-        text += f"\n\nTarget languages: {won} won, {lost} lost; significant, by Holm: {sure or 'none'}"
-        blocks["languages"] = of_languages
+    parts = [f"{title}\n\n{table(rows)}" for title, rows in blocks.items() if rows]
+    text = "\n\n".join(parts + [f"Target languages: {verdict}"] * bool(args.compare))
     notes = dict.fromkeys(notes)
     for line in notes:
         warn(line)
@@ -286,6 +284,7 @@ def main(args):
     if args.out:
         (out := Path(args.out)).mkdir(parents=True, exist_ok=True)
         write_atomic(out / "report.md", "\n".join([text, "", *(f"* {x}" for x in notes), ""]).encode())
+        blocks["languages"] = of_languages
         rows = [{"table": title} | row for title, block in blocks.items() for row in block]
         columns = dict.fromkeys(k for row in rows for k in row)
         write_atomic(out / "report.csv", to_csv(columns, ([row.get(k) for k in columns] for row in rows)))
