@@ -266,7 +266,7 @@ def main(args):
     if papers:
         blocks["Published (XLM-R-large, 10 seeds, the paper)"] = [dict(zip(PAPER, row)) for row in PUBLISHED]
         blocks["Published (SIB-200's paper, without nqo_Nkoo)"] = baseline_rows(config, facts.values())
-    blocks["Adapted to a target language"], of_languages = averages(adapted, say), []
+    blocks["Adapted to a target language"] = averages(adapted, say)
     if args.compare:
         A, B = args.compare
         picked = [[r for r in direct if name in (r.method, f"{r.method}-{r.source}")] for name in (A, B)]
@@ -275,8 +275,10 @@ def main(args):
             raise ValueError(f"--compare {A} {B}: each must be one of {', '.join(known)}")
         of_groups, of_languages, verdict = compare(*picked, gold, config, say)
         blocks[f"{A} (A) against {B} (B), 95 % intervals"] = of_groups
-    parts = [f"{title}\n\n{table(rows)}" for title, rows in blocks.items() if rows]
-    text = "\n\n".join(parts + [f"Target languages: {verdict}"] * bool(args.compare))
+    text = "\n\n".join(f"{title}\n\n{table(rows)}" for title, rows in blocks.items() if rows)
+    if args.compare:
+        text += f"\n\nTarget languages: {verdict}"
+        blocks["languages"] = of_languages
     notes = dict.fromkeys(notes)
     for line in notes:
         warn(line)
@@ -284,7 +286,6 @@ def main(args):
     if args.out:
         (out := Path(args.out)).mkdir(parents=True, exist_ok=True)
         write_atomic(out / "report.md", "\n".join([text, "", *(f"* {x}" for x in notes), ""]).encode())
-        blocks["languages"] = of_languages
         rows = [{"table": title} | row for title, block in blocks.items() for row in block]
         columns = dict.fromkeys(k for row in rows for k in row)
         write_atomic(out / "report.csv", to_csv(columns, ([row.get(k) for k in columns] for row in rows)))
