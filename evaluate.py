@@ -110,13 +110,11 @@ def load_config(path=None, settings=()):
     own = config["train"] | {"prompt_dropout": 0.0}
     layers = [(path, read_yaml(path))] if path else []
     for setting in settings:
-        name, equals, text = setting.partition("=")
         try:
+            name, text = setting.split("=", 1)
             value = yaml.safe_load(text)
-        except Exception:       # PyYAML's own, and Python's for a malformed !!int and the like
-            equals = ""
-        if not equals:
-            raise ValueError(f"--set {setting}: write section.key=value")
+        except Exception:       # no "=", PyYAML's own, and Python's for a malformed !!int and the like
+            raise ValueError(f"--set {setting}: write section.key=value") from None
         for part in reversed(name.strip().split(".")):
             value = {part: value}
         layers.append((f"--set {setting}", value))
@@ -312,22 +310,19 @@ class Run:
         met = self.meta.get("data") if isinstance(self.meta.get("data"), dict) else {}
         for section, name, then in ("backbone", backbone, self.meta["backbone"]), ("data", data, met):
             self.config[section] |= {"name": name, "revision": "main"} if name else {
-                k: v.replace("local", "main") if k == "revision" else v
+                k: "main" if (k, v) == ("revision", "local") else v
                 for k, v in then.items() if k in ("name", "revision") and isinstance(v, str)}
-
-    def key(self):
-        """Runs with equal keys can share one pass through the backbone."""
-        own = str(self.folder) if self.meta["kind"] == "full" else ""
-        return json.dumps([own, self.prompt and self.prompt.length, self.head.config, self.numerics,
-                           *(self.meta[x] for x in ("reads", "max_length", "labels")),
-                           *(self.config[x] for x in ("backbone", "data"))], sort_keys=True)
 
 
 def groups_of(runs):
-    """Runs -> lists of runs that can share a pass, in order."""
+    """Runs -> groups, lists of runs that can share one pass through the backbone, in order."""
     groups = {}
     for run in runs:
-        groups.setdefault(run.key(), []).append(run)
+        own = str(run.folder) if run.meta["kind"] == "full" else ""
+        key = json.dumps([own, run.prompt and run.prompt.length, run.head.config, run.numerics,
+                          *(run.meta[x] for x in ("reads", "max_length", "labels")),
+                          *(run.config[x] for x in ("backbone", "data"))], sort_keys=True)
+        groups.setdefault(key, []).append(run)
     return list(groups.values())
 
 
@@ -337,7 +332,7 @@ def warn(line):
 
 
 def join(runs, device):
-    """Runs of one key -> (PromptedClassifier with K prompts, tokenizer, autocast). Warns when backbone or
+    """Runs of one group -> (PromptedClassifier with K prompts, tokenizer, autocast). Warns when backbone or
     tokenizer are not those that the runs were trained with; raises ValueError if it cannot fit."""
     config, meta = runs[0].config, runs[0].meta
     b = config["backbone"]
@@ -362,7 +357,7 @@ def join(runs, device):
 
 
 def ask(runs, texts, device):
-    """Probabilities, a tensor (n, C) for each of the runs, which have one key; texts: n of them for each run.
+    """Probabilities, a tensor (n, C) for each run of a group; texts: for each run a list of n.
     Raises ValueError for what is no finite number, and as join does."""
     model, tokenizer, autocast = join(runs, device)
     sizes, texts = [len(own) for own in texts], sum(texts, [])
@@ -377,7 +372,7 @@ def ask(runs, texts, device):
 
 
 def score(runs, split, languages, device):
-    """Score runs of one key on a split -> {run name: (rows, predictions, identity)}.
+    """Score runs of one group on a split -> {run name: (rows, predictions, identity)}.
 
     languages: for each run the list of its languages, or None for all. rows: a dict for each language
     (language, n, accuracy, macro_f1, majority); predictions: rows of <split>_predictions.csv, made when they

@@ -26,7 +26,7 @@ PAPER = ("method", "source", "46 low-performing", "113 unseen", "85 seen w/o Jos
 PUBLISHED = (("spt", "joshi5", 36.0, 56.0, 85.6, 68.7), ("dual30", "joshi5", 36.8),
              ("dual70", "joshi5", 37.3, None, 86.6), ("xpe", "joshi5", 39.1, 57.2, 84.5, 69.0),
              ("spt", "enarzho", 35.2), ("xpe", "enarzho", 35.3), ("spt", "seen", 39.1), ("xpe", "seen", 41.9))
-KINDS = ("full", "head", "spt", "dual", "xpe")      # in the order of the tables
+KINDS = {"full": 0, "head": 1, "spt": 2, "dual": 3, "xpe": 4}       # their order in the tables
 
 
 def read_csv(path):
@@ -46,7 +46,7 @@ def read_run(folder, split, config, gold):
     r.name, r.hits, r.scores = folder.resolve().name, {}, {}
     r.seed, r.backbone = int(r.seed), Path(r.backbone["name"]).name
     r.trainable, r.settings = r.training.get("trainable"), r.training.get("settings") or {}
-    r.method, r.rank = method_name(r.kind, r.prompt), KINDS.index(r.kind)
+    r.method, r.rank = method_name(r.kind, r.prompt), KINDS[r.kind]
     r.source = next((group for group in config["groups"] if {*resolve_group(config, group)} == {*r.sources}),
                     "+".join(r.sources))
     for c, rows in groupby(read_csv(folder / f"{split}_predictions.csv"), lambda row: row["language"]):
