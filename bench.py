@@ -17,7 +17,6 @@ One thread of an AMD EPYC, --size tiny --attention eager, bf16, an epoch of real
 """
 import argparse
 import tempfile
-import time
 from contextlib import redirect_stdout, suppress
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -26,7 +25,7 @@ from unittest import mock
 import numpy as np
 import torch
 import transformers
-from torch.utils.benchmark import Timer
+from torch.utils.benchmark import Timer, timer
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.trainer_pt_utils import get_length_grouped_indices as grouped
 
@@ -55,13 +54,12 @@ def ours(backbone, ids, labels, K, config, cfg, device):
     return model, autocast, run
 
 
-def floor(backbone, autocast, lengths, batches, device, backward=True):
-    """-> run(steps): the batches' rows and tokens as full rectangles through the bare backbone."""
+def floor(backbone, autocast, batches, device, backward=True):
+    """-> run(steps): as many rows and tokens, in full rectangles, through the bare backbone."""
     words = backbone.get_input_embeddings()
     rows = torch.randn_like(words.weight[None, :P]).requires_grad_()                            # (1, P, H)
     weights = torch.randn(rows.shape[-1], device=device)    # a LayerNorm's plain sum has no gradient
-    sizes = [(len(b), round(lengths[b].mean())) for b in batches]
-    ids = [torch.randint(5, len(words.weight), size, device=device) for size in sizes]
+    ids = [torch.randint(5, len(words.weight), (len(n), round(n.mean())), device=device) for n in batches]
 
     def run(steps):
         backbone.train(backward)
@@ -119,43 +117,34 @@ def contenders(args, config, device, lengths, tests):
     ids = [rng.integers(5, vocabulary, n).tolist() for n in lengths]
     labels = rng.integers(0, CLASSES, len(ids))
 
-    def enter(name, of, run, module, lengths, batches):
-        n = lengths[np.concatenate(batches)]
-        area = sum(len(b) * lengths[b].max() for b in batches)      # of the text: prompt rows need no padding
-        out[name] = SimpleNamespace(run=run, module=module, of=of, steps=len(batches), rows=len(n), rates=[],
-                                    tokens=n.sum() + P * len(n), padding=1 - n.sum() / area if of else 0,
-                                    trains=lengths is not tests)
+    def enter(name, of, run, module, batches, trains=True):     # batches: the lengths of their texts
+        n = np.concatenate(batches)
+        area = sum(len(b) * b.max() for b in batches)           # of the text: prompt rows need no padding
+        out[name] = SimpleNamespace(run=run, module=module, of=of, trains=trains, steps=len(batches),
+                                    rows=len(n), tokens=n.sum() + P * len(n), rates=[],
+                                    padding=1 - n.sum() / area if of else 0)
 
     for K in map(int, args.seeds.split(",")):
         orders = [length_batches(lengths, B, seed, 0) for seed in range(K)]     # train.py's first epoch
-        batches = [np.concatenate(step) for step in zip(*orders)]
+        batches = [lengths[np.concatenate(step)] for step in zip(*orders)]
         batches = batches[:max(2, (args.steps or len(batches)) // K)]
         model, autocast, run = ours(backbone, ids, labels, K, config, cfg, device)
-        bare = floor(backbone, autocast, lengths, batches, device)
-        enter(f"ours x {K}", f"floor x {K}", run, model, lengths, batches)
-        enter(f"floor x {K}", "", bare, backbone, lengths, batches)
+        enter(f"ours x {K}", f"floor x {K}", run, model, batches)
+        enter(f"floor x {K}", "", floor(backbone, autocast, batches, device), backbone, batches)
         if K == 1 and find_spec("micm_nlp"):        # as many batches of the Trainer's own order of an epoch
-            order = np.array(grouped(lengths.tolist(), B))
-            own = [order[i:i + B] for i in range(0, len(order), B)]
-            own = own[::max(1, len(own) // len(batches))]
-            rows = np.concatenate(own[:len(batches)])
+            own = np.split(grouped(lengths.tolist(), B), range(B, len(lengths), B))
+            own = own[::max(1, len(own) // len(batches))][:len(batches)]
+            rows = np.concatenate(own)
             peer, run = toolkit(sizes, [ids[i] for i in rows], labels[rows], cfg, device, args.tokenizer)
-            enter("toolkit", "floor x 1", run, peer, lengths, own[:len(batches)])
-    batches = token_batches(tests, cfg["tokens"], P)
+            enter("toolkit", "floor x 1", run, peer, [lengths[b] for b in own])
+    batches = [tests[b] for b in token_batches(tests, cfg["tokens"], P)]
     batches = batches if device.type == "cuda" else batches[len(batches) // 24::-(-len(batches) // 12)]
-    texts = [rng.integers(5, vocabulary, n).tolist() for n in tests[np.concatenate(batches)]]
-    bare = floor(backbone, autocast, tests, batches, device, backward=False)
+    texts = [rng.integers(5, vocabulary, n).tolist() for n in np.concatenate(batches)]
     enter("evaluation", "its floor", lambda steps: predict(model, texts, PAD, None, cfg["tokens"], autocast),
-          model, tests, batches)
-    enter("its floor", "", bare, backbone, tests, batches)
+          model, batches, trains=False)
+    enter("its floor", "", floor(backbone, autocast, batches, device, backward=False), backbone, batches,
+          trains=False)
     return out
-
-
-def now():
-    """Seconds, once the GPU has done all that it was asked."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def main(argv=None):
@@ -183,9 +172,9 @@ def main(argv=None):
             if gpu:
                 torch.cuda.reset_peak_memory_stats()
                 others = torch.cuda.memory_allocated() - sum(p.nbytes for p in x.module.parameters())
-            start = now()
+            start = timer()         # waits for the GPU
             took = x.run(x.steps if turn else 4)
-            took = took if isinstance(took, float) else now() - start       # the toolkit says it itself
+            took = took if isinstance(took, float) else timer() - start       # the toolkit says it itself
             if turn:
                 x.rates.append(x.tokens / took)
             x.gb = f"{(torch.cuda.max_memory_allocated() - others) / 1e9:.2f}" if gpu else "-"

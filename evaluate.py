@@ -42,28 +42,24 @@ CHOICES = {"optimizer": ("adafactor", "adamw"), "schedule": ("cosine", "linear")
            "encoder": xpe.ENCODERS, "reads": xpe.READS, "attention": ("sdpa", "eager")}
 
 
-# ---- configuration ----------------------------------------------------------------------------------------
-
 def read_yaml(path):
     """A mapping from a YAML file, read safely; ValueError with the path for anything else."""
     try:
         if os.path.getsize(path) > 1 << 18:
             raise ValueError("larger than 256 kB")
-        text = Path(path).read_text("utf-8")
-        depth = 0
+        text, depth = Path(path).read_text("utf-8"), 0
         for event in yaml.parse(text, yaml.SafeLoader):
             depth += isinstance(event, yaml.CollectionStartEvent)
             depth -= isinstance(event, yaml.CollectionEndEvent)
             if depth > 20 or isinstance(event, yaml.AliasEvent):    # PyYAML takes minutes for 100 kB of [
                 raise ValueError("aliases (*name) are not read, nor more than 20 nested levels")
         value = yaml.safe_load(text)
+        if not isinstance(value, dict):
+            raise ValueError("holds no mapping of settings")
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such configuration file") from None
-    except (yaml.YAMLError, ValueError, RecursionError, TypeError, LookupError, AttributeError,
-            OverflowError) as e:        # Python's for a malformed !!int, !!timestamp and the like
+    except Exception as e:      # PyYAML's own, and Python's for a malformed !!int, !!timestamp and the like
         raise ValueError(f"{path}: not readable as YAML: {e}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: holds no mapping of settings")
     return value
 
 
@@ -93,11 +89,10 @@ def _typed(value, default, name):
     if type(default) is float and type(value) is int and abs(value) < 1 << 53:
         value = float(value)
     if type(value) is not type(default):
-        match = re.fullmatch(r"([+-]?\d{1,9}(?:\.\d{0,9})?)[eE]([+-]?\d{1,2})", value) \
-            if isinstance(value, str) else None
-        hint = f"; YAML takes it for text, write {float(match[1])}e{int(match[2]):+d}" if match else ""
+        text = re.fullmatch(r"(\d{1,9})[eE]([+-]?\d{1,2})", str(value)) if type(default) is float else None
+        hint = f"; YAML takes it for text, write {text[1]}.0e{int(text[2]):+d}" if text else ""
         raise ValueError(f"{name} must be {type(default).__name__}, not {value!r}{hint}")
-    allowed = CHOICES.get(name.partition(".")[2])
+    allowed = CHOICES.get(name.rpartition(".")[2])
     if allowed and value not in allowed:
         raise ValueError(f"{name} cannot be {value!r}, only {', '.join(allowed)}")
     if isinstance(value, (int, float)) and not 0 <= value < 1e12:
@@ -115,13 +110,11 @@ def load_config(path=None, settings=()):
     own = config["train"] | {"prompt_dropout": 0.0}
     layers = [(path, read_yaml(path))] if path else []
     for setting in settings:
-        name, equals, text = setting.partition("=")
         try:
+            name, text = setting.split("=", 1)
             value = yaml.safe_load(text)
-        except Exception:       # PyYAML's own, and Python's for a malformed !!int and the like
-            equals = ""
-        if not equals:
-            raise ValueError(f"--set {setting}: write section.key=value")
+        except Exception:       # no "=", PyYAML's own, and Python's for a malformed !!int and the like
+            raise ValueError(f"--set {setting}: write section.key=value") from None
         for part in reversed(name.strip().split(".")):
             value = {part: value}
         layers.append((f"--set {setting}", value))
@@ -152,8 +145,6 @@ def resolve_group(config, group, _inside=(), _known=None):
     return out
 
 
-# ---- the backbone -----------------------------------------------------------------------------------------
-
 def load_backbone(name, revision="main", attention="sdpa", trust_remote_code=False):
     """-> (backbone in float32 without its pooler, tokenizer, identity): from a folder or the hub.
 
@@ -174,13 +165,11 @@ def load_backbone(name, revision="main", attention="sdpa", trust_remote_code=Fal
             folder = download(name, revision, "model", [*files, "pytorch_model*.bin"])
         commit = folder.name
     where = dict(pretrained_model_name_or_path=str(folder.resolve()), trust_remote_code=trust_remote_code)
-    new = tuple(int(x) for x in transformers.__version__.split(".")[:2]) >= (4, 56)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
-        # always say the type: transformers 5 takes that of the checkpoint otherwise
+        # always say the type, in the word of both transformers 4 and 5: 5 takes the checkpoint's otherwise
         backbone, info = transformers.AutoModel.from_pretrained(
-            **where, attn_implementation=attention, output_loading_info=True,
-            **{"dtype" if new else "torch_dtype": torch.float32})
+            **where, attn_implementation=attention, output_loading_info=True, torch_dtype=torch.float32)
     except Exception as e:      # transformers, safetensors and tokenizers raise their own
         line = (str(e).strip() or "no answer").splitlines()[0][:160]
         how = "its own code would run: read it, then say backbone.trust_remote_code=true" \
@@ -229,8 +218,6 @@ def place(model, device, amp, frozen_weights="amp"):
     return nullcontext if pure or amp == "off" else lambda: torch.autocast(device.type, DTYPES[amp])
 
 
-# ---- predictions and scores -------------------------------------------------------------------------------
-
 @torch.no_grad()
 def predict(model, encoded, pad_id, owner=None, budget=16384, autocast=nullcontext, progress=False):
     """Logits (n, C) in float32 on the CPU, in the order given, whatever order they were computed in.
@@ -242,12 +229,11 @@ def predict(model, encoded, pad_id, owner=None, budget=16384, autocast=nullconte
     owner = torch.zeros(len(encoded), dtype=torch.long) if owner is None else owner
     logits = torch.full((len(encoded), model.head.config["classes"]), float("nan"))
     P = 0 if model.prompt is None else model.prompt.length
-    with tqdm(total=len(encoded), unit=" sentences", leave=False, disable=None if progress else True) as bar:
-        for rows in token_batches([len(x) for x in encoded], budget, P):
-            ids, mask = collate([encoded[i] for i in rows], pad_id)
-            with autocast():
-                logits[rows] = model(ids.to(device), mask.to(device), owner[rows]).float().cpu()
-            bar.update(len(rows))
+    batches = token_batches([len(x) for x in encoded], budget, P)
+    for rows in tqdm(batches, unit=" batches", leave=False, disable=None if progress else True):
+        ids, mask = collate([encoded[i] for i in rows], pad_id)
+        with autocast():
+            logits[rows] = model(ids.to(device), mask.to(device), owner[rows]).float().cpu()
     return logits
 
 
@@ -281,8 +267,6 @@ def group_means(scores, config, sources):
     return {t: (float(np.mean(have[t])) if have[t] else None, len(have[t]), len(groups[t])) for t in groups}
 
 
-# ---- runs -------------------------------------------------------------------------------------------------
-
 def method_name(kind, prompt):
     """The name of a method in tables and folders: xpe, dual30, xpe-lstm ..."""
     name = f"dual{round(100 * prompt['ratio'])}" if kind == "dual" else kind
@@ -300,20 +284,20 @@ class Run:
                 raise FileNotFoundError(f"{where}: no such run folder")
             folder = download(name, revision or "main", "model", ["*.json", "*.safetensors", "config.yaml"])
             self.name = str(where).replace("/", "--")
-        self.folder = self.results = folder
+        self.folder, saved = folder, folder / "config.yaml"
         self.prompt, self.head, self.meta = xpe.load_prompt(folder)
-        self.config = load_config(folder / "config.yaml" if (folder / "config.yaml").is_file() else None)
+        self.config = load_config(saved if saved.is_file() else None)
         self.released = not (folder / "prompt.json").is_file()          # by the paper's authors
         if self.released:       # what their files do not say, the names of their repositories and branches do
             if len(self.meta["labels"]) == len(LABELS):
                 self.meta["labels"] = list(LABELS)
-            seed = re.search(r"seed-0*(\d+)", self.name)
-            self.meta |= {"sources": resolve_group(self.config, "seen" if "-seen" in self.name else "joshi5"),
+            seed, group = (re.search(x, self.name) for x in (r"seed-0*(\d+)", "-(seen|joshi5)"))
+            self.meta |= {"sources": resolve_group(self.config, group[1] if group else "joshi5"),
                           "seed": int(seed[1]) if seed else 1}
-            if not re.search("-(seen|joshi5)", self.name):
+            if not group:
                 warn(f"{self.name}: its name says no source group, taken as joshi5")
-        if self.released or not Path(where).is_dir():       # not ours to write to
-            self.results = Path("runs") / self.name
+        # a released prompt and the hub's cache are not ours to write to
+        self.results = Path("runs") / self.name if self.released or not Path(where).is_dir() else folder
         self.sources = self.meta.get("sources")
         if not isinstance(self.sources, list) or not all(isinstance(s, str) for s in self.sources):
             raise ValueError(f"{folder / 'prompt.json'}: 'sources' must be a list of language codes")
@@ -326,24 +310,19 @@ class Run:
         met = self.meta.get("data") if isinstance(self.meta.get("data"), dict) else {}
         for section, name, then in ("backbone", backbone, self.meta["backbone"]), ("data", data, met):
             self.config[section] |= {"name": name, "revision": "main"} if name else {
-                k: v.replace("local", "main") if k == "revision" else v
+                k: "main" if (k, v) == ("revision", "local") else v
                 for k, v in then.items() if k in ("name", "revision") and isinstance(v, str)}
-
-    def key(self):
-        """Runs with equal keys can share one pass through the backbone."""
-        own = str(self.folder) if self.meta["kind"] == "full" else ""
-        length = self.prompt.length if self.prompt is not None else 0
-        cfg = self.config
-        return json.dumps([own, cfg["backbone"], length, self.head.config, self.meta["reads"],
-                           self.meta["max_length"], self.meta["labels"], cfg["data"], self.numerics],
-                          sort_keys=True)
 
 
 def groups_of(runs):
-    """Runs -> lists of runs that can share a pass, in order."""
+    """Runs -> groups, lists of runs that can share one pass through the backbone, in order."""
     groups = {}
     for run in runs:
-        groups.setdefault(run.key(), []).append(run)
+        own = str(run.folder) if run.meta["kind"] == "full" else ""
+        key = json.dumps([own, run.prompt and run.prompt.length, run.head.config, run.numerics,
+                          *(run.meta[x] for x in ("reads", "max_length", "labels")),
+                          *(run.config[x] for x in ("backbone", "data"))], sort_keys=True)
+        groups.setdefault(key, []).append(run)
     return list(groups.values())
 
 
@@ -353,7 +332,7 @@ def warn(line):
 
 
 def join(runs, device):
-    """Runs of one key -> (PromptedClassifier with K prompts, tokenizer, autocast). Warns when backbone or
+    """Runs of one group -> (PromptedClassifier with K prompts, tokenizer, autocast). Warns when backbone or
     tokenizer are not those that the runs were trained with; raises ValueError if it cannot fit."""
     config, meta = runs[0].config, runs[0].meta
     b = config["backbone"]
@@ -377,59 +356,55 @@ def join(runs, device):
     return model, tokenizer, place(model, device, *runs[0].numerics)
 
 
-def score(runs, split, languages, device):
-    """Score runs of one key on a split -> {run name: (rows, predictions, identity)}.
-
-    languages: for each run the list of its languages, or None for all. rows: a dict for each language
-    (language, n, accuracy, macro_f1, majority); predictions: see prediction_rows.
-    """
+def ask(runs, texts, device):
+    """Probabilities, a tensor (n, C) for each run of a group; texts: for each run a list of n.
+    Raises ValueError for what is no finite number, and as join does."""
     model, tokenizer, autocast = join(runs, device)
-    config = runs[0].config
-    folder, revision = locate(config["data"]["name"], config["data"]["revision"])
-    corpus = Corpus(folder)
-    for run in runs:
-        if list(corpus.labels) != run.meta["labels"]:
-            raise ValueError(f"{folder} has the labels {', '.join(corpus.labels)}; {run.name} was trained on "
-                             f"{', '.join(run.meta['labels'])}")
-    wanted = [list(dict.fromkeys(own or corpus.languages())) for own in languages]
-    read = {c: corpus.read(c, split) for c in dict.fromkeys(c for own in wanted for c in own)}
-    texts = [s.text for sentences in read.values() for s in sentences]
-    ids = iter(encode(texts, tokenizer, runs[0].meta["max_length"]))
-    ids = {c: [next(ids) for _ in sentences] for c, sentences in read.items()}
-    encoded = [[row for c in own for row in ids[c]] for own in wanted]
-    owner = torch.arange(len(runs)).repeat_interleave(torch.tensor([len(x) for x in encoded]))
-    logits = predict(model, sum(encoded, []), tokenizer.pad_token_id or 0, owner,
-                     config["evaluate"]["tokens"], autocast, progress=True)
+    sizes, texts = [len(own) for own in texts], sum(texts, [])
+    different = list(dict.fromkeys(texts))
+    ids = dict(zip(different, encode(different, tokenizer, runs[0].meta["max_length"])))
+    owner = torch.arange(len(runs)).repeat_interleave(torch.tensor(sizes))
+    logits = predict(model, [ids[text] for text in texts], tokenizer.pad_token_id or 0, owner,
+                     runs[0].config["evaluate"]["tokens"], autocast, progress=True)
     if not logits.isfinite().all():
         raise ValueError(f"{', '.join(r.name for r in runs)}: logits that are not finite numbers")
-    out, parts = {}, iter(logits.softmax(1).split([len(read[c]) for own in wanted for c in own]))
-    for run, own in zip(runs, wanted):
-        rows, parts_of = [], {c: next(parts) for c in own}                  # (n, C) for each language
-        for c, p in parts_of.items():
-            labels, predicted = np.array([s.label for s in read[c]]), p.argmax(1).numpy()
+    return logits.softmax(1).split(sizes)
+
+
+def score(runs, split, languages, device):
+    """Score runs of one group on a split -> {run name: (rows, predictions, identity)}.
+
+    languages: for each run the list of its languages, or None for all. rows: a dict for each language
+    (language, n, accuracy, macro_f1, majority); predictions: rows of <split>_predictions.csv, made when they
+    are written, for ten runs of 205 languages would fill the memory.
+    """
+    data, names = runs[0].config["data"], runs[0].meta["labels"]
+    folder, revision = locate(data["name"], data["revision"])
+    corpus, out = Corpus(folder), {}
+    if list(corpus.labels) != names:
+        raise ValueError(f"{folder} has the labels {', '.join(corpus.labels)}; {runs[0].name} was trained on "
+                         f"{', '.join(names)}")
+    wanted = [list(dict.fromkeys(own or corpus.languages())) for own in languages]
+    read = {c: corpus.read(c, split) for c in dict.fromkeys(sum(wanted, []))}
+    answers = ask(runs, [[s.text for c in own for s in read[c]] for own in wanted], device)
+    for run, own, p in zip(runs, wanted, answers):
+        rows, sentences = [], [(c, s) for c in own for s in read[c]]
+        for c, part in zip(own, p.split([len(read[c]) for c in own])):
+            labels, predicted = np.array([s.label for s in read[c]]), part.argmax(1).numpy()
             rows.append(dict(language=c, n=len(labels), accuracy=accuracy(labels, predicted),
                              macro_f1=macro_f1(labels, predicted), majority=majority(labels)))
-        identity = {"revision": revision, "data": fingerprint([s for c in own for s in read[c]])}
-        out[run.name] = rows, prediction_rows(read, parts_of, corpus.labels), identity
+        predictions = ((c, s.index_id, names[s.label], names[q.argmax()], *(f"{x:.5f}" for x in q.tolist()))
+                       for (c, s), q in zip(sentences, p))
+        identity = {"revision": revision, "data": fingerprint([s for _, s in sentences])}
+        out[run.name] = rows, predictions, identity
     return out
 
 
-def prediction_rows(read, probabilities, labels):
-    """One dict for each sentence, made as it is written: ten runs of 205 languages would fill the memory."""
-    for language, parts in probabilities.items():
-        for s, p in zip(read[language], parts.tolist()):
-            yield dict(language=language, index_id=s.index_id, label=labels[s.label],
-                       predicted=labels[max(range(len(p)), key=p.__getitem__)],
-                       **{f"p({name})": f"{x:.5f}" for name, x in zip(labels, p)})
-
-
-def to_csv(rows):
-    """Dicts with equal keys -> CSV as bytes."""
-    out, rows = io.StringIO(newline=""), iter(rows)
-    first = next(rows)
-    writer = csv.DictWriter(out, first.keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerow(first)
+def to_csv(columns, rows):
+    """Names of the columns, and rows -> CSV as bytes; None is an empty field."""
+    out = io.StringIO(newline="")
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(columns)
     writer.writerows(rows)
     return out.getvalue().encode()
 
@@ -446,18 +421,18 @@ def write_scores(run, split, rows, predictions, identity, folder):
     summary = {"run": run.name, "kind": run.meta["kind"], "sources": run.sources, "split": split, **identity,
                "groups": {t: {"accuracy": m, "languages": n, "of": of} for t, (m, n, of) in means.items()},
                "languages": scores}
-    rounded = [{k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()} for row in rows]
-    xpe.write_atomic(folder / f"{split}_predictions.csv", to_csv(predictions))
-    xpe.write_atomic(folder / f"{split}.csv", to_csv(rounded))
+    rounded = ([f"{v:.4f}" if isinstance(v, float) else v for v in row.values()] for row in rows)
+    columns = ["language", "index_id", "label", "predicted", *(f"p({x})" for x in run.meta["labels"])]
+    xpe.write_atomic(folder / f"{split}_predictions.csv", to_csv(columns, predictions))
+    xpe.write_atomic(folder / f"{split}.csv", to_csv(rows[0], rounded))
     xpe.write_atomic(folder / f"{split}.json", json.dumps(summary, indent=1).encode() + b"\n")
 
 
 def table(run, rows, every_language=True):
     """The scores of one run as text: means over groups beside chance, then every language."""
-    scores = {r["language"]: r["accuracy"] for r in rows}
-    chance = {r["language"]: r["majority"] for r in rows}
-    lines = [f"{run.name}", f"  {'mean over languages':<20} accuracy %  chance %  languages"]
+    scores, chance = ({r["language"]: r[key] for r in rows} for key in ("accuracy", "majority"))
     means, chances = (group_means(x, run.config, run.sources) for x in (scores, chance))
+    lines = [run.name, f"  {'mean over languages':<20} accuracy %  chance %  languages"]
     for title, (mean, n, of) in means.items():
         if n:
             part = f" of {of}: the others were not scored" if n < of else ""
@@ -478,21 +453,21 @@ def report_scores(runs, split, languages, device, out=None, show=True):
         if both:
             warn(f"{run.name}: {', '.join(both)}: a source of this run, so not zero-shot")
     for group in groups_of(runs):
-        start, n = time.time(), 0
+        start = time.time()
         # an adapted prompt answers for its own language
         own = [languages or ([r.meta["adapted_to"]] if "adapted_to" in r.meta else None) for r in group]
         results = score(group, split, own, device)
         seconds = time.time() - start
         for run in group:
-            rows, predictions, identity = results[run.name]
-            n, done[run.name] = n + sum(r["n"] for r in rows), rows
+            done[run.name], predictions, identity = results[run.name]
             if show:
-                print(table(run, rows, every_language=len(runs) < 4))
+                print(table(run, done[run.name], every_language=len(runs) < 4))
             if out or not languages:
                 folder = Path(out) / run.name if out else run.results
-                write_scores(run, split, rows, predictions, identity, folder)
+                write_scores(run, split, done[run.name], predictions, identity, folder)
                 if show:
                     print(f"  {folder}/{split}.csv, .json, _predictions.csv")
+        n = sum(row["n"] for rows, *_ in results.values() for row in rows)
         print(f"{n:,} sentences in {seconds:.1f} s, loading included\n")
     return [done[run.name] for run in runs]
 
@@ -500,25 +475,20 @@ def report_scores(runs, split, languages, device, out=None, show=True):
 def classify(runs, texts, device):
     """Print what each run says of each text; runs of one backbone answer in one forward pass."""
     for group in groups_of(runs):
-        model, tokenizer, autocast = join(group, device)
-        encoded = encode(texts, tokenizer, group[0].meta["max_length"])
-        owner = torch.arange(len(group)).repeat_interleave(len(texts))
-        logits = predict(model, encoded * len(group), tokenizer.pad_token_id or 0, owner, autocast=autocast)
-        answers = logits.softmax(1).unflatten(0, (len(group), len(texts)))
-        for i, text in enumerate(texts):
-            for run, p in zip(group, answers[:, i]):
-                best = int(p.argmax())
+        for text, *answers in zip(texts, *ask(group, [texts] * len(group), device)):
+            for run, p in zip(group, answers):
                 who = f"{run.name}\t" if len(runs) > 1 else ""
-                print(f"{who}{run.meta['labels'][best]}\t{p[best]:.3f}\t{text}")
+                print(f"{who}{run.meta['labels'][p.argmax()]}\t{p.max():.3f}\t{text}")
 
 
 def main(argv=None):
     """The command line."""
+    codes = {"type": lambda text: text.split(","), "default": []}
     parser = argparse.ArgumentParser(description="Score prompts on every language; report; export.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, or hub names (name@branch)")
     parser.add_argument("--split", default="test", choices=("train", "dev", "test"))
-    parser.add_argument("--languages", help="codes, separated by commas (default: all)")
-    parser.add_argument("--groups", help="groups of the configuration, separated by commas")
+    parser.add_argument("--languages", **codes, help="separated by commas (default: all)")
+    parser.add_argument("--groups", **codes, help="of the configuration, separated by commas")
     parser.add_argument("--data", help="folder or dataset, instead of the run's own")
     parser.add_argument("--backbone", help="folder or hub name, instead of the run's own")
     parser.add_argument("--trust-remote-code", action="store_true", help="run a backbone's own code")
@@ -549,11 +519,11 @@ def main(argv=None):
             raise ValueError("--text: nothing to classify")
         classify(runs, texts, device)
     else:
-        languages = args.languages.split(",") if args.languages else []
-        for group in args.groups.split(",") if args.groups else []:
-            if group not in runs[0].config["groups"]:
-                raise ValueError(f"--groups: no group {group!r}{nearest(group, runs[0].config['groups'])}")
-            languages += [c for c in resolve_group(runs[0].config, group) if c not in languages]
+        config = runs[0].config
+        for group in args.groups:
+            if group not in config["groups"]:
+                raise ValueError(f"--groups: no group {group!r}{nearest(group, config['groups'])}")
+        languages = resolve_group(config, args.languages + args.groups)
         report_scores(runs, args.split, languages, device, args.out)
     return 0
 

@@ -7,9 +7,11 @@ backbone or corpus; all is recomputed from the predictions; what is missing is s
     |    xpe| joshi5|  3|    63,271| 56.7 ± 0.4|     23.4 ± 0.3| 33.2 ± 0.5| ...    (sample/backbone, SIB-200)
 """
 import csv
+import io
 from collections import Counter
 from importlib.util import find_spec
 from itertools import groupby, product
+from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,17 +21,12 @@ from data import nearest
 from evaluate import HERE, accuracy, group_means, load_config, method_name, resolve_group, to_csv, warn
 from xpe import read_json, write_atomic
 
-# paper: XLM-R-large, zero-shot, mean over languages and 10 seeds; what stays away is not known here
-PAPER = ("method", "source", "46 low-performing", "113 unseen", "85 seen w/o Joshi5", "198 w/o Joshi5")
-PUBLISHED = (("spt", "joshi5", 36.0, 56.0, 85.6, 68.7), ("dual30", "joshi5", 36.8),
-             ("dual70", "joshi5", 37.3, None, 86.6), ("xpe", "joshi5", 39.1, 57.2, 84.5, 69.0),
-             ("spt", "enarzho", 35.2), ("xpe", "enarzho", 35.3), ("spt", "seen", 39.1), ("xpe", "seen", 41.9))
-KINDS = ("full", "head", "spt", "dual", "xpe")      # in the order of the tables
+KINDS = {"full": 0, "head": 1, "spt": 2, "dual": 3, "xpe": 4}       # their order in the tables
 
 
 def read_csv(path):
     """Rows of a CSV file as dicts, lines of '#' skipped."""
-    return csv.DictReader(x for x in path.read_text("utf-8").splitlines() if not x.startswith("#"))
+    return csv.DictReader(x for x in io.StringIO(path.read_text("utf-8")) if not x.startswith("#"))
 
 
 def read_run(folder, split, config, gold):
@@ -42,7 +39,9 @@ def read_run(folder, split, config, gold):
     absent = {"adapted_to": "", "adapted_from": "", "training": {}, "prompt": {"encoder": "mlp"}}
     r = SimpleNamespace(**absent | read_json(folder / "prompt.json"))
     r.name, r.hits, r.scores = folder.resolve().name, {}, {}
-    r.method = method_name(r.kind, r.prompt)
+    r.seed, r.backbone = int(r.seed), Path(r.backbone["name"]).name
+    r.trainable, r.settings = r.training.get("trainable"), r.training.get("settings") or {}
+    r.method, r.rank = method_name(r.kind, r.prompt), KINDS[r.kind]
     r.source = next((group for group in config["groups"] if {*resolve_group(config, group)} == {*r.sources}),
                     "+".join(r.sources))
     for c, rows in groupby(read_csv(folder / f"{split}_predictions.csv"), lambda row: row["language"]):
@@ -70,10 +69,9 @@ def figures(r, config, before, say):
     for title, (_, n, of) in means.items():
         if 0 < n < of:
             say(f"{r.name}: {title}: {of - n} of {of} languages not scored")
-    left = [(title, means[title][2], len(codes)) for title, codes in config["targets"].items()]
-    left = ", ".join(f"{title} {n} of {of}" for title, n, of in left if n < of)
-    if left:
-        say(f"{r.method} {r.source}: languages left without its own sources: {left}")
+    left = ((title, means[title][2], len(codes)) for title, codes in config["targets"].items())
+    if left := [f"{title} {n} of {of}" for title, n, of in left if n < of]:
+        say(f"{r.method} {r.source}: languages left without its own sources: {', '.join(left)}")
     return {title: np.nan if mean is None else mean for title, (mean, _, _) in means.items()}
 
 
@@ -82,28 +80,24 @@ def averages(runs, say):
 
     Says which seeds are missing. Raises ValueError if one stands twice.
     """
-    rows, out = {}, []
-    for r in sorted(runs, key=lambda r: (r.source, KINDS.index(r.kind), r.method)):
-        rows.setdefault((r.method, r.source), []).append(r)
-    for (method, source), own in rows.items():
-        have, peers = [(r.seed, r.adapted_to) for r in own], [r for r in runs if r.source == source]
+    out, order = [], attrgetter("source", "rank", "method")
+    for (source, _, method), own in groupby(sorted(runs, key=order), order):
+        own, peers = list(own), [r for r in runs if r.source == source]
+        have = [(r.seed, r.adapted_to) for r in own]
         if len({*have}) < len(have):
             raise ValueError(f"{method} {source}: a seed stands twice in {', '.join(r.name for r in own)}")
         want = product({r.seed for r in peers}, {r.adapted_to for r in peers})
-        lacking = ", ".join(f"{seed} {c}".strip() for seed, c in sorted({*want} - {*have}))
-        if lacking:
-            say(f"{method} {source}: missing although other runs have them: seeds {lacking}")
+        if lacking := [f"{seed} {c}".strip() for seed, c in sorted({*want} - {*have})]:
+            say(f"{method} {source}: missing although other runs have them: seeds {', '.join(lacking)}")
         seeds, languages = (sorted({*x}) for x in zip(*have))
         row = {"method": method, "source": source, "n": len(seeds)}
         if own[0].adapted_to:
             row["languages"] = " ".join(languages) if len(languages) < 4 else len(languages)
         else:
-            row["trainable"] = own[0].training.get("trainable")
-            settings = [r.training.get("settings") or {} for r in own]
-            mixed = {k for s in settings for k in s if s[k] != settings[0].get(k)}
-            mixed = ", ".join(sorted(mixed - {"learners_at_once", "tokens"}))
-            if mixed:
-                say(f"{method} {source}: its runs differ in {mixed}, and are averaged all the same")
+            row["trainable"] = own[0].trainable
+            mixed = {k for r in own for k in r.settings if r.settings[k] != own[0].settings.get(k)}
+            if mixed := sorted(mixed - {"learners_at_once", "tokens"}):
+                say(f"{method} {source}: its runs differ in {', '.join(mixed)}, and are averaged all the same")
         for name in own[0].figures:
             values = [np.mean([r.figures[name] for r in own if r.seed == seed]) for seed in seeds]
             row[name] = float(np.mean(values))
@@ -123,7 +117,7 @@ def baseline_rows(config, facts):
 def table(rows):
     """Rows (dicts) as a Markdown table that is aligned for the terminal, too; "x std" stands beside "x"."""
     def shown(v, std):
-        if v is None or v != v:
+        if v in (None, "") or v != v:
             return "-"
         text = format(v, {float: ".1f", int: ","}.get(type(v), ""))
         return text if std is None else f"{text} ± {std:.1f}"
@@ -149,7 +143,7 @@ def holm(p):
 
 
 def compare(a, b, gold, config, say):
-    """Runs A and runs B -> rows of groups and rows of languages: A minus B in points of accuracy.
+    """Runs A and runs B -> rows of groups, rows of languages (A minus B in points of accuracy), the verdict.
 
     Paired by seed and test sentence; a source of either is no target. low to high: 95 % of 10,000 resamples
     of index_ids (each with all its translations) and, independently, of seeds; languages and sources stay
@@ -189,7 +183,10 @@ def compare(a, b, gold, config, say):
             low, high = np.percentile(np.mean([draws[r["language"]] for r in rows], 0), (2.5, 97.5))
             signed = {"A - B": f"{x - y:+.2f}", "low": f"{low:+.2f}", "high": f"{high:+.2f}"}
             of_groups.append({"group": title, "languages": len(rows), "A": x, "B": y} | signed)
-    return of_groups, sorted(of_languages, key=lambda r: -r["A - B"])
+    of_languages.sort(key=lambda r: -r["A - B"])
+    won, lost = (sum(sign * r["A - B"] > 1e-9 for r in targets) for sign in (1, -1))
+    sure = ", ".join(f"{r['language']} {r['A - B']:+.1f}" for r in of_languages if r["mark"] == "*")
+    return of_groups, of_languages, f"{won} won, {lost} lost; significant, by Holm: {sure or 'none'}"
 
 
 def plot(path, title, rows, config, facts):
@@ -236,9 +233,7 @@ def main(args):
         try:
             runs.append(read_run(folder, args.split, config, gold))
         except (FileNotFoundError, NotADirectoryError) as e:
-            name = Path(e.filename).name
-            how = "train.py --resume ends" if name == "prompt.json" else f"python evaluate.py {folder} scores"
-            say(f"{folder}: left out, no {name}; {how} it")
+            say(f"{folder}: left out, no {Path(e.filename).name}; python evaluate.py {folder} scores it")
         except (AttributeError, KeyError, TypeError) as e:
             raise ValueError(f"{folder}: not as evaluate.py writes it: {e!r}") from None
     if not runs:
@@ -249,7 +244,7 @@ def main(args):
         r.hits, r.scores = ({c: x for c, x in d.items() if c not in leave_out} for d in (r.hits, r.scores))
     if "ars_Arab" in gold.keys() - leave_out and any("arb_Arab" in r.sources for r in runs):
         say("ars_Arab shares 138 of its 204 test sentences with arb_Arab, a source; --leave-out ars_Arab")
-    backbone, *others = sorted({Path(r.backbone["name"]).name for r in runs})
+    backbone, *others = sorted({r.backbone for r in runs})
     if others:
         raise ValueError(f"runs of several backbones, {backbone}, {', '.join(others)}: report one at a time")
     papers = "low_performing" in config["targets"].values()
@@ -264,7 +259,7 @@ def main(args):
     blocks = {f"Accuracy in percent ({args.split}, {backbone}), mean ± standard deviation over n seeds":
               averages(direct, say)}
     if papers:
-        blocks["Published (XLM-R-large, 10 seeds, the paper)"] = [dict(zip(PAPER, row)) for row in PUBLISHED]
+        blocks["Published (XLM-R-large, 10 seeds, the paper)"] = list(read_csv(HERE / "published.csv"))
         blocks["Published (SIB-200's paper, without nqo_Nkoo)"] = baseline_rows(config, facts.values())
     blocks["Adapted to a target language"] = averages(adapted, say)
     if args.compare:
@@ -273,14 +268,11 @@ def main(args):
         if [len({r.source for r in own}) for own in picked] != [1, 1]:
             known = sorted({f"{r.method}-{r.source}" for r in direct})
             raise ValueError(f"--compare {A} {B}: each must be one of {', '.join(known)}")
-        of_groups, of_languages = compare(*picked, gold, config, say)
+        of_groups, of_languages, verdict = compare(*picked, gold, config, say)
         blocks[f"{A} (A) against {B} (B), 95 % intervals"] = of_groups
     text = "\n\n".join(f"{title}\n\n{table(rows)}" for title, rows in blocks.items() if rows)
     if args.compare:
-        tested = [r for r in of_languages if r["mark"] != "s"]
-        won, lost = (sum(sign * r["A - B"] > 1e-9 for r in tested) for sign in (1, -1))
-        sure = ", ".join(f"{r['language']} {r['A - B']:+.1f}" for r in tested if r["mark"] == "*")
-        text += f"\n\nTarget languages: {won} won, {lost} lost; significant, by Holm: {sure or 'none'}"
+        text += f"\n\nTarget languages: {verdict}"
         blocks["languages"] = of_languages
     notes = dict.fromkeys(notes)
     for line in notes:
@@ -290,8 +282,8 @@ def main(args):
         (out := Path(args.out)).mkdir(parents=True, exist_ok=True)
         write_atomic(out / "report.md", "\n".join([text, "", *(f"* {x}" for x in notes), ""]).encode())
         rows = [{"table": title} | row for title, block in blocks.items() for row in block]
-        columns = {k: None for row in rows for k in row}
-        write_atomic(out / "report.csv", to_csv([columns | row for row in rows]))
+        columns = dict.fromkeys(k for row in rows for k in row)
+        write_atomic(out / "report.csv", to_csv(columns, ([row.get(k) for k in columns] for row in rows)))
         print(f"{out}/report.md, report.csv: written")
     if args.plot:
         plot(args.plot, f"{A} minus {B}", of_languages, config, facts)
