@@ -89,8 +89,9 @@ def _typed(value, default, name):
     if type(default) is float and type(value) is int and abs(value) < 1 << 53:
         value = float(value)
     if type(value) is not type(default):
-        text = re.fullmatch(r"(\d{1,9})[eE]([+-]?\d{1,2})", str(value)) if type(default) is float else None
-        hint = f"; YAML takes it for text, write {text[1]}.0e{int(text[2]):+d}" if text else ""
+        number = re.fullmatch(r"(\d{1,9}(?:\.\d{0,9})?)[eE]([+-]?\d{1,2})", str(value))
+        hint = f"; YAML takes it for text, write {float(number[1])}e{int(number[2]):+d}" \
+            if number and type(default) is float else ""
         raise ValueError(f"{name} must be {type(default).__name__}, not {value!r}{hint}")
     allowed = CHOICES.get(name.rpartition(".")[2])
     if allowed and value not in allowed:
@@ -167,9 +168,8 @@ def load_backbone(name, revision="main", attention="sdpa", trust_remote_code=Fal
     where = dict(pretrained_model_name_or_path=str(folder.resolve()), trust_remote_code=trust_remote_code)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
-        # always say the type, in the word of both transformers 4 and 5: 5 takes the checkpoint's otherwise
         backbone, info = transformers.AutoModel.from_pretrained(
-            **where, attn_implementation=attention, output_loading_info=True, torch_dtype=torch.float32)
+            **where, attn_implementation=attention, output_loading_info=True)
     except Exception as e:      # transformers, safetensors and tokenizers raise their own
         line = (str(e).strip() or "no answer").splitlines()[0][:160]
         how = "its own code would run: read it, then say backbone.trust_remote_code=true" \
@@ -180,6 +180,7 @@ def load_backbone(name, revision="main", attention="sdpa", trust_remote_code=Fal
     missing = [k for k in info["missing_keys"] if "pooler" not in k]
     if missing:
         raise ValueError(f"backbone {name!r}: its weights lack {missing[0]} and {len(missing) - 1} more")
+    backbone.float()        # transformers 5 loads it in the checkpoint's own type
     if hasattr(backbone, "pooler"):
         backbone.pooler = None
     digest = hashlib.sha256()

@@ -102,7 +102,7 @@ def averages(runs, say):
             row["trainable"] = own[0].trainable
             mixed = {k for r in own for k in r.settings if r.settings[k] != own[0].settings.get(k)}
             if mixed := sorted(mixed - {"learners_at_once", "tokens"}):
-                say(f"{method} {source}: its runs differ in {', '.join(mixed)}, and are averaged all the same")
+                say(f"{method} {source}: averaged, although its runs differ in {', '.join(mixed)}")
         for name in own[0].figures:
             values = [np.mean([r.figures[name] for r in own if r.seed == seed]) for seed in seeds]
             row[name] = float(np.mean(values))

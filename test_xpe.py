@@ -1134,6 +1134,17 @@ def test_counts_of_a_corpus(world, tmp_path, capsys):
     assert "ccc_Latn/dev.tsv: no such split" in err
 
 
+def test_a_backbone_is_loaded_in_float32(world, tmp_path):
+    """Catches: a checkpoint in half precision that stays in it, as transformers 5 would have it."""
+    shutil.copytree(world / "backbone", tmp_path / "half")
+    half = transformers.AutoModel.from_pretrained(world / "backbone").bfloat16()
+    half.save_pretrained(tmp_path / "half")
+    backbone, _, identity = evaluate.load_backbone(str(tmp_path / "half"))
+    assert all(torch.equal(p, half.get_parameter(n).float()) and p.dtype == torch.float32
+               for n, p in backbone.named_parameters())
+    assert identity["fingerprint"] != evaluate.load_backbone(str(world / "backbone"))[2]["fingerprint"]
+
+
 # ---- 12. one folder for a prompt ---------------------------------------------------------------------------
 
 def saved(folder, ratio=0.5, encoder="mlp"):

@@ -40,8 +40,6 @@ from evaluate import (Run, accuracy, load_backbone, load_config, method_name, pi
                       report_scores, resolve_group, score, tokenizer_fingerprint, warn)
 
 
-# ---- optimizer and schedule -------------------------------------------------------------------------------
-
 class Optimizer:
     """Clips and steps K learners in one model, each by itself: tensors are (K, ...), slice k is learner k's.
 
@@ -121,8 +119,6 @@ def schedule(step, steps, warmup, kind, cycles):
     progress = (step - warm) / (steps - warm)
     return 1 - progress if kind == "linear" else 0.5 * (1 + math.cos(math.pi * (cycles * progress % 1)))
 
-
-# ---- what is trained --------------------------------------------------------------------------------------
 
 class Task:
     """Training and dev sentences of some languages, tokenized: shared by all seeds that train on them."""
@@ -240,8 +236,6 @@ class Learner:
         self.clear()
 
 
-# ---- checkpoints: everything to go on, exactly ------------------------------------------------------------
-
 def snapshot(model, k):
     """The trained tensors of learner k, on the CPU."""
     out = {"head": xpe.take(model.head, k)}
@@ -321,8 +315,6 @@ class Interrupts:
         for number, handler in self.old.items():
             signal.signal(number, handler)
 
-
-# ---- the loop ---------------------------------------------------------------------------------------------
 
 def train(learners, model, autocast, cfg, pad_id, device, step=0, quiet=False):
     """Train K learners through one backbone until each has stopped; False if the user interrupted that.
@@ -435,8 +427,6 @@ def judge_all(learners, model, optimizer, step, steps, train_loss, cfg, pad_id, 
         if learner.judge(step, steps, own, float(train_loss[k]), int(optimizer.failed_at[k]), cfg):
             learner.tensors = snapshot(model, k)
 
-
-# ---- the command line -------------------------------------------------------------------------------------
 
 def parse_seeds(text):
     """'11-13,20' -> [11, 12, 13, 20]."""
