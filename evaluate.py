@@ -149,8 +149,8 @@ def resolve_group(config, group, _inside=(), _known=None):
 def load_backbone(name, revision="main", attention="sdpa", trust_remote_code=False):
     """-> (backbone in float32 without its pooler, tokenizer, identity): from a folder or the hub.
 
-    identity: {name, revision (the commit, or "local"), fingerprint (of the weights)}. Raises ValueError if
-    weights are missing, OSError with one line if it cannot be had.
+    identity: {name, revision (the commit, or "local"), type, fingerprint (of the weights)}. Raises
+    ValueError if weights are missing, OSError with one line if it cannot be had.
     """
     import transformers
     transformers.logging.set_verbosity_error()      # it reports the unused language-model head at length
@@ -186,7 +186,8 @@ def load_backbone(name, revision="main", attention="sdpa", trust_remote_code=Fal
     digest = hashlib.sha256()
     for key, p in backbone.named_parameters():
         digest.update(f"{key} {tuple(p.shape)}".encode() + p.detach().flatten()[:64].numpy().tobytes())
-    return backbone, tokenizer, {"name": name, "revision": commit, "fingerprint": digest.hexdigest()[:16]}
+    return backbone, tokenizer, {"name": name, "revision": commit, "type": backbone.config.model_type,
+                                 "fingerprint": digest.hexdigest()[:16]}
 
 
 def tokenizer_fingerprint(tokenizer):

@@ -1279,6 +1279,8 @@ def test_export_for_peft(tmp_path, ratio):
     for bad in ((prompt, head, meta | {"reads": "mean"}), (None, head, meta)):
         with pytest.raises(ValueError, match="peft has no form"):
             xpe.export_peft(tmp_path / "none", *bad)
+    with pytest.raises(ValueError, match="into that of a 'bert' model"):
+        xpe.export_peft(tmp_path / "none", prompt, head, meta | {"backbone": {"name": "b", "type": "bert"}})
     assert not (tmp_path / "none").exists()
 
 

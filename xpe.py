@@ -402,8 +402,8 @@ def read_tensors(path):
 def load_prompt(folder):
     """Read a prompt folder, or one of the authors' -> (SoftPrompt or None, ClassificationHead, meta).
 
-    meta: kind, prompt, head (constructor arguments), reads, backbone {name, revision}, labels, max_length,
-    tokenizer (fingerprint), data, training. FileNotFoundError, or ValueError with the file, unless all fits.
+    meta: kind, prompt, head (constructor arguments), reads, backbone {name, revision, type}, labels,
+    max_length, tokenizer (fingerprint), data, training. FileNotFoundError, or ValueError with the file.
     """
     path, theirs, both = Path(folder) / "prompt.json", Path(folder) / "adapter_config.json", {}
     if path.is_file():
@@ -475,11 +475,14 @@ def read_authors(path):
 
 def export_peft(folder, prompt, head, meta):
     """Write a folder that *stock* peft loads as prompt tuning (PeftModel.from_pretrained on an
-    AutoModelForSequenceClassification). ValueError for a head that does not read the prompt's first row, as
-    XLM-R's own does, FileExistsError for a folder that is not empty."""
+    AutoModelForSequenceClassification). ValueError for a head that does not read the prompt's first row, or
+    a backbone whose own head is not RoBERTa's; FileExistsError for a folder that is not empty."""
     from safetensors.torch import save
     if prompt is None or meta["reads"] != "prompt":
         raise ValueError(f"peft has no form for a {meta['kind']!r} run whose head reads {meta['reads']!r}")
+    own = str(meta["backbone"].get("type", "xlm-roberta"))      # the authors' files name none
+    if "roberta" not in own and own != "camembert":
+        raise ValueError(f"peft would put this head into that of a {own!r} model, which is not built like it")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
