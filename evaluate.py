@@ -166,10 +166,13 @@ def load_backbone(name, revision="main", attention="sdpa", trust_remote_code=Fal
             folder = download(name, revision, "model", [*files, "pytorch_model*.bin"])
         commit = folder.name
     where = dict(pretrained_model_name_or_path=str(folder.resolve()), trust_remote_code=trust_remote_code)
+    new = tuple(int(x) for x in transformers.__version__.split(".")[:2]) >= (4, 56)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
+        # always say the type: transformers 5 takes that of the checkpoint, or of its config, otherwise
         backbone, info = transformers.AutoModel.from_pretrained(
-            **where, attn_implementation=attention, output_loading_info=True)
+            **where, attn_implementation=attention, output_loading_info=True,
+            **{"dtype" if new else "torch_dtype": torch.float32})
     except Exception as e:      # transformers, safetensors and tokenizers raise their own
         line = (str(e).strip() or "no answer").splitlines()[0][:160]
         how = "its own code would run: read it, then say backbone.trust_remote_code=true" \
@@ -180,7 +183,6 @@ def load_backbone(name, revision="main", attention="sdpa", trust_remote_code=Fal
     missing = [k for k in info["missing_keys"] if "pooler" not in k]
     if missing:
         raise ValueError(f"backbone {name!r}: its weights lack {missing[0]} and {len(missing) - 1} more")
-    backbone.float()        # transformers 5 loads it in the checkpoint's own type
     if hasattr(backbone, "pooler"):
         backbone.pooler = None
     digest = hashlib.sha256()
@@ -377,8 +379,7 @@ def score(runs, split, languages, device):
     """Score runs of one group on a split -> {run name: (rows, predictions, identity)}.
 
     languages: for each run the list of its languages, or None for all. rows: a dict for each language
-    (language, n, accuracy, macro_f1, majority); predictions: rows of <split>_predictions.csv, made when they
-    are written, for ten runs of 205 languages would fill the memory.
+    (language, n, accuracy, macro_f1, majority); predictions: see prediction_rows.
     """
     data, names = runs[0].config["data"], runs[0].meta["labels"]
     folder, revision = locate(data["name"], data["revision"])
@@ -395,11 +396,15 @@ def score(runs, split, languages, device):
             labels, predicted = np.array([s.label for s in read[c]]), part.argmax(1).numpy()
             rows.append(dict(language=c, n=len(labels), accuracy=accuracy(labels, predicted),
                              macro_f1=macro_f1(labels, predicted), majority=majority(labels)))
-        predictions = ((c, s.index_id, names[s.label], names[q.argmax()], *(f"{x:.5f}" for x in q.tolist()))
-                       for (c, s), q in zip(sentences, p))
         identity = {"revision": revision, "data": fingerprint([s for _, s in sentences])}
-        out[run.name] = rows, predictions, identity
+        out[run.name] = rows, prediction_rows(sentences, p, names), identity
     return out
+
+
+def prediction_rows(sentences, probabilities, names):
+    """Rows of <split>_predictions.csv, made as they are written: those of ten runs would fill the memory."""
+    for (language, s), p in zip(sentences, probabilities.tolist()):
+        yield (language, s.index_id, names[s.label], names[p.index(max(p))], *(f"{x:.5f}" for x in p))
 
 
 def to_csv(columns, rows):
@@ -525,7 +530,9 @@ def main(argv=None):
         for group in args.groups:
             if group not in config["groups"]:
                 raise ValueError(f"--groups: no group {group!r}{nearest(group, config['groups'])}")
-        languages = resolve_group(config, args.languages + args.groups)
+        languages = list(dict.fromkeys(args.languages + resolve_group(config, args.groups)))
+        if args.groups and not languages:
+            raise ValueError(f"--groups {','.join(args.groups)}: no language is left of them")
         report_scores(runs, args.split, languages, device, args.out)
     return 0
 

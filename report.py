@@ -4,7 +4,7 @@ The paper's section "Results". It works from what `evaluate.py RUN...` left in e
 backbone or corpus; all is recomputed from the predictions; what is missing is said.
 
     python evaluate.py runs/* --report --compare xpe spt --plot gain.png --out report
-    |    xpe| joshi5|  3|    63,271| 56.7 ± 0.4|     23.4 ± 0.3| 33.2 ± 0.5| ...    (sample/backbone, SIB-200)
+    |    xpe| joshi5|  3|    63,271| 57.5 ± 0.2|     23.3 ± 0.2| 33.1 ± 0.6| ...    (sample/backbone, SIB-200)
 """
 import csv
 import io
@@ -44,7 +44,9 @@ def read_run(folder, split, config, gold):
     absent = {"adapted_to": "", "adapted_from": "", "training": {}, "prompt": {"encoder": "mlp"}}
     r = SimpleNamespace(**absent | read_json(folder / "prompt.json"))
     r.name, r.hits, r.scores = folder.resolve().name, {}, {}
-    r.seed, r.backbone = int(r.seed), Path(r.backbone["name"]).name
+    if type(r.seed) is not int:
+        raise TypeError(f"the seed {r.seed!r}")
+    r.backbone = Path(r.backbone["name"]).name
     r.trainable, r.settings = r.training.get("trainable"), r.training.get("settings") or {}
     r.method, r.rank = method_name(r.kind, r.prompt), KINDS[r.kind]
     r.source = next((group for group in config["groups"] if {*resolve_group(config, group)} == {*r.sources}),
@@ -238,7 +240,9 @@ def main(args):
         try:
             runs.append(read_run(folder, args.split, config, gold))
         except (FileNotFoundError, NotADirectoryError) as e:
-            say(f"{folder}: left out, no {Path(e.filename).name}; python evaluate.py {folder} scores it")
+            name = Path(e.filename).name
+            how = "train.py --resume ends" if name == "prompt.json" else f"python evaluate.py {folder} scores"
+            say(f"{folder}: left out, no {name}; {how} it")
         except (AttributeError, KeyError, TypeError) as e:
             raise ValueError(f"{folder}: not as evaluate.py writes it: {e!r}") from None
     if not runs:

@@ -127,10 +127,13 @@ def test_what_is_missing_is_said(tmp_path, capsys):
     table = (broken := write_run(tmp_path / "c", "spt", 3, full)) / "test.csv"
     table.write_text(table.read_text().replace("mri_Latn,40,", "mri_Latn,40,1"))
     ((damaged := write_run(tmp_path / "d", "spt", 4, full)) / "prompt.json").write_text('{"kind": "spt"}')
+    endless = write_run(tmp_path / "f", "spt", 4, full) / "prompt.json"
+    endless.write_text(endless.read_text().replace('"seed": 4', '"seed": 1e999'))
     for message, runs, more in (
             ("none of these runs is scored", [unscored], {}), ("needs --compare", folders, {"plot": "x.png"}),
             ("mean hat_Latn", folders, {"leave_out": "hat_Lat"}), ("test.csv: disagrees", [broken], {}),
             ("other sentences", [folders[2], other], {}), ("not as evaluate", [damaged], {}),
+            ("not as evaluate.*the seed inf", [endless.parent], {}),
             ("stands twice", [folders[0], write_run(tmp_path / "e", "spt", 1, full)], {}),
             ("one of spt-", folders, {"compare": "ab"})):
         with pytest.raises(ValueError, match=message):

@@ -1342,6 +1342,22 @@ def test_an_adaptation_is_scored_on_its_own_data(world, tmp_path, capsys):
                                    capsys.readouterr().out)
 
 
+def test_an_interrupt_before_the_first_step_goes_on_from_the_start(world, tmp_path, monkeypatch):
+    """Catches a checkpoint of step 0 at which --resume will not go on."""
+    args, enter = command(world, tmp_path / "a", "--steps", "4"), train.Interrupts.__enter__
+
+    def interrupted(self):
+        enter(self)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return self
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Interrupts, "__enter__", interrupted)
+        assert train.main(args) == 130
+    assert train.main([*args, "--resume"]) == 0
+    train.main(command(world, tmp_path / "b", "--steps", "4"))
+    assert bits(tmp_path / "a") == bits(tmp_path / "b")
+
+
 def test_an_interrupt_in_the_last_step_of_a_pass_ends_the_job(world, tmp_path, monkeypatch):
     """Catches Ctrl-C that is forgotten between two passes; scores computed again for runs that have them."""
     args = command(world, tmp_path / "runs", "--seeds", "11-12", "--steps", "8",

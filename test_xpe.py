@@ -1142,7 +1142,10 @@ def test_a_backbone_is_loaded_in_float32(world, tmp_path):
     backbone, _, identity = evaluate.load_backbone(str(tmp_path / "half"))
     assert all(torch.equal(p, half.get_parameter(n).float()) and p.dtype == torch.float32
                for n, p in backbone.named_parameters())
-    assert identity["fingerprint"] != evaluate.load_backbone(str(world / "backbone"))[2]["fingerprint"]
+    whole = evaluate.load_backbone(str(world / "backbone"))[2]["fingerprint"]
+    assert identity["fingerprint"] != whole         # and below: the weights are whole, the config says half
+    shutil.copy(world / "backbone/model.safetensors", tmp_path / "half")
+    assert evaluate.load_backbone(str(tmp_path / "half"))[2]["fingerprint"] == whole
 
 
 # ---- 12. one folder for a prompt ---------------------------------------------------------------------------
@@ -1152,7 +1155,8 @@ def saved(folder, ratio=0.5, encoder="mlp"):
     prompt = loud(xpe.SoftPrompt(16, 6, ratio, encoder, 5, 2, 0.1, heads=2), 1)
     head = loud(xpe.ClassificationHead(16, 3), 2)
     meta = {"kind": "dual", "prompt": prompt.config, "head": head.config, "reads": "prompt", "max_length": 20,
-            "backbone": {"name": "b", "revision": "r"}, "labels": ["x", "y", "\u00e9"], "training": {"a": 1}}
+            "backbone": {"name": "b", "revision": "r", "type": "camembert"},
+            "labels": ["x", "y", "\u00e9"], "training": {"a": 1}}
     folder.mkdir(exist_ok=True)
     xpe.save_prompt(folder, xpe.take(prompt, 0), xpe.take(head, 0), meta)
     return prompt, head, meta
@@ -1501,6 +1505,9 @@ def test_train_evaluate_adapt_export(world, tmp_path, capsys):
         assert prompt.config["dropout"] == 0.0
         for a, b in zip((prompt, head), source):        # at a rate of zero they are where they started
             assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+    for nothing in "-ccc_Latn", "ccc_Lat", "others":
+        with pytest.raises(ValueError, match=f"no language '{nothing}'"):
+            evaluate.main([str(folders[-1]), "--device", "cpu", f"--languages={nothing}"])
     evaluate.main([str(folders[-1]), "--export", "peft", str(tmp_path / "peft")])
     assert (tmp_path / "peft" / "adapter_config.json").is_file()
 

@@ -290,12 +290,14 @@ def load_checkpoints(learners, step, model, optimizer, generators):
             raise ValueError(f"{path}: no checkpoint of this run ({type(e).__name__}); without it "
                              f"the run starts over") from None
         learner.check(state["settings"], path)
-        with open(learner.log, "ab") as f:
-            if not fits or not 0 <= state["state"]["metrics"] <= f.tell():
-                raise ValueError(f"{path}: does not fit this run; without it the run starts over")
-            f.truncate(state["state"]["metrics"])       # the steps after will come again
+        logged = learner.log.stat().st_size if learner.log.is_file() else 0
+        if not fits or not 0 <= state["state"]["metrics"] <= logged:
+            raise ValueError(f"{path}: does not fit this run; without it the run starts over")
         states.append(state)
+    for learner, state in zip(learners, states):
         learner.state, learner.tensors = state["state"], state["best"]
+        with open(learner.log, "ab") as f:
+            f.truncate(learner.state["metrics"])        # the steps after will come again
     for x, *slices in zip(optimizer.tensors(), *(state["now"] for state in states), strict=True):
         x.copy_(torch.stack(slices))
 
@@ -581,7 +583,7 @@ def make_model(job, learners, backbone):
 def run_pass(learners, job, backbone, tokenizer, device, quiet):
     """Train some learners in one pass; False if the user interrupted it. ValueError if it cannot."""
     cfg, pad_id, task = job.cfg, tokenizer.pad_token_id or 0, learners[0].task
-    have = [set(x.checkpoints()) for x in learners]
+    have = [set(x.checkpoints()) - {0} for x in learners]
     step = max(set.intersection(*have), default=0)      # 0: the start; again, if the first save was cut short
     if not step and any(have) and (all(have) or not all(x.folder.exists() for x in learners)):
         raise ValueError(f"{', '.join(x.folder.name for x in learners)}: stand at different steps: "

@@ -277,7 +277,7 @@ def only_row_0(backbone, wanted=True):
     config = getattr(backbone, "config", None)
     wanted = (wanted and getattr(config, "model_type", "") in AS_BERT
               and not getattr(config, "is_decoder", False)
-              and config._attn_implementation in ("eager", "sdpa")
+              and getattr(config, "_attn_implementation", "") in ("eager", "sdpa")
               and getattr(config, "position_embedding_type", "absolute") == "absolute")
     parts = (backbone.encoder, backbone.encoder.layer[-1]) if wanted else ()
     # gradient checkpointing runs layers a second time, in the backward pass
@@ -468,7 +468,8 @@ def read_authors(path):
                            layers=get("encoder_num_layers") or 2, heads=get("encoder_num_heads") or 8,
                            dropout=get("encoder_dropout") or 0.0),
             "head": dict(width=out.shape[1], classes=len(out), dropout=0.1), "max_length": 164,
-            "backbone": {"name": str(get("base_model_name_or_path")), "revision": "main"}, "training": {},
+            "backbone": {"name": str(get("base_model_name_or_path")), "revision": "main",
+                         "type": "xlm-roberta"}, "training": {},
             "labels": [str(i) for i in range(len(out))]}        # their files name none
     return meta, tensors
 
@@ -480,7 +481,7 @@ def export_peft(folder, prompt, head, meta):
     from safetensors.torch import save
     if prompt is None or meta["reads"] != "prompt":
         raise ValueError(f"peft has no form for a {meta['kind']!r} run whose head reads {meta['reads']!r}")
-    own = str(meta["backbone"].get("type", "xlm-roberta"))      # the authors' files name none
+    own = str(meta["backbone"].get("type"))
     if "roberta" not in own and own != "camembert":
         raise ValueError(f"peft would put this head into that of a {own!r} model, which is not built like it")
     folder = Path(folder)
