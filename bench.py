@@ -13,7 +13,7 @@ token ids are random, which changes no speed.
 
 One thread of an AMD EPYC, --size tiny --attention eager, bf16, an epoch of real SIB-200 lengths a turn:
                  run-steps/s sentences/s of floor x toolkit padding    GB
-    ours x 1            6.77         216    1.183     1.466    2.6%     -
+    ours x 1            7.41         237    1.391     1.568    2.6%     -
 """
 import argparse
 import tempfile
