@@ -1428,7 +1428,7 @@ def test_stock_peft_loads_our_export(tmp_path, ratio):
     peft = pytest.importorskip("peft", reason="peft is not installed")
     whole, backbone = classifier_model()
     prompt, head = loud(xpe.SoftPrompt(16, 10, ratio, hidden=6), 1), loud(xpe.ClassificationHead(16, 7), 2)
-    meta = {"kind": "dual", "reads": "prompt", "backbone": {"name": "b"}}
+    meta = {"kind": "dual", "reads": "prompt", "backbone": {"name": "b", "type": "xlm-roberta"}}
     xpe.export_peft(tmp_path / "out", prompt, head, meta)
     ids, mask = data.collate(texts(9, 4, 1), 1)
     want = xpe.PromptedClassifier(backbone, prompt, head).eval()(ids, mask)
