@@ -94,7 +94,7 @@ class StrictLoader(yaml.SafeLoader):
         elif kind == "float" and not PLAIN_FLOAT.fullmatch(node.value):
             refuse(node, number_advice(node.value))
         elif kind not in PLAIN_TAGS:
-            refuse(node, f"{node.value!r} is read as a {kind}; text like this goes into quotes")
+            refuse(node, f"{node.value!r} is read as {kind}; text like this goes into quotes")
         return node
 
     def compose_sequence_node(self, anchor):
@@ -137,17 +137,13 @@ def number_advice(written):
     return f"YAML reads {written} in its own way; write {plain}, or '{written}' for text"
 
 
-def parse_yaml(text, where):
-    """Text -> the value that it describes. ValueError with the line, `where` before it."""
-    try:
-        return yaml.load(text, StrictLoader)
-    except yaml.reader.ReaderError as e:
-        line = text[:e.position].count("\n") + 1
-        raise ValueError(f"{where}:{line}: not readable as YAML: {e.reason}") from None
-    except yaml.MarkedYAMLError as e:
-        mark = e.problem_mark or e.context_mark
-        problem = e.problem or e.context
-        raise ValueError(f"{where}:{mark.line + 1}: not readable as YAML: {problem}") from None
+def explain_yaml_error(error, text):
+    """-> (line, what is wrong there) of an error that PyYAML or StrictLoader raised over `text`."""
+    if isinstance(error, yaml.reader.ReaderError):
+        line = text[:error.position].count("\n") + 1
+        return line, f"not readable as YAML: {error.reason}"
+    mark = error.problem_mark or error.context_mark
+    return mark.line + 1, f"not readable as YAML: {error.problem or error.context}"
 
 
 def read_yaml(path):
@@ -166,7 +162,11 @@ def read_yaml(path):
     except UnicodeDecodeError as e:
         line = raw[:e.start].count(b"\n") + 1
         raise ValueError(f"{path}:{line}: no UTF-8 text") from None
-    value = parse_yaml(text, path)
+    try:
+        value = yaml.load(text, StrictLoader)
+    except yaml.YAMLError as e:
+        line, problem = explain_yaml_error(e, text)
+        raise ValueError(f"{path}:{line}: {problem}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: holds no mapping of settings (section: {{key: value}})")
     return value
@@ -207,7 +207,11 @@ def read_setting(setting):
     section, _, key = name.strip().partition(".")
     if not equals or not section:
         raise ValueError(f"--set {setting}: write section.key=value")
-    value = parse_yaml(text, f"--set {setting}")
+    try:
+        value = yaml.load(text, StrictLoader)
+    except yaml.YAMLError as e:
+        _, problem = explain_yaml_error(e, text)
+        raise ValueError(f"--set {setting}: {problem}") from None
     return {section: {key: value}} if key else {section: value}
 
 
