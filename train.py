@@ -1,15 +1,23 @@
-"""Train soft prompts on source languages with the backbone frozen; several seeds go through it in one pass.
+"""Train soft prompts on source languages with the backbone frozen.
 
 The paper's method and experimental setup; config.yaml holds the recipe, setting by setting.
 
-    python train.py --mode xpe --sources config.yaml                        # the paper: XLM-R-large, Joshi5
+    python train.py --mode xpe --sources config.yaml                # the paper: XLM-R-large, Joshi5
     python train.py --mode dual --ratio 0.3 --sources config.yaml --seeds 11-20
-    python train.py --mode xpe --sources sample/config.yaml                 # in miniature, offline
+    python train.py --mode xpe --sources sample/config.yaml         # in miniature, offline
     python train.py --sources config.yaml --adapt runs/xpe-joshi5-s11 --group diverse_unseen
-    torchrun --nproc_per_node=2 train.py ... --seeds 11-14                  # each process trains its share
+    torchrun --nproc_per_node=2 train.py ... --seeds 11-14          # each process trains its share
 
-Read downwards: optimizer, schedule, learner, checkpoints, `train` (the loop), and the command line.
+A *learner* is one prompt in training: its seed, data, prompt, head, optimizer and schedule. Learners
+with equally many sentences (ten seeds, say) share a *pass*: their batches go through the frozen
+backbone side by side. One learner alone is the paper's case, and the loop reads the same.
+
+Read downwards: data of a task, rates, the learner, checkpoints, `train` (the loop), the command line.
 """
+import signal
+if __name__ == "__main__":      # while torch is imported, Ctrl-C ends us without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import copy
 import json
@@ -18,12 +26,11 @@ import os
 import platform
 import re
 import shlex
-import signal
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -31,403 +38,650 @@ import torch.nn.functional as F
 import transformers
 import yaml
 from safetensors.torch import save
-from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 import xpe
+from backbone import (check_backbone, load_backbone, pick_attention, pick_device, pick_precision,
+                      place, tokenizer_fingerprint)
+from config import read_config, resolve_group, warn
 from data import Corpus, collate, encode, fingerprint, length_batches, locate, nearest, run_main
-from evaluate import (Run, accuracy, load_backbone, load_config, method_name, pick_device, place, predict,
-                      report_scores, resolve_group, score, tokenizer_fingerprint, warn)
+from evaluate import Run, accuracy, method_name, predict, score_runs, shorten
+
+try:
+    import fcntl        # locks a run folder; Windows has none, and there two commands are on trust
+except ImportError:
+    fcntl = None
+
+# Settings that change how much memory a run takes, not what it computes: --resume may change them
+MEMORY_SETTINGS = ("learners_at_once", "tokens")
+DIVERGED = "diverged.txt"
 
 
-class Optimizer:
-    """Clips and steps K learners in one model, each by itself: tensors are (K, ...), slice k is learner k's.
-
-    `adafactor` is transformers.Adafactor with a fixed rate (no relative step, no parameter scaling, clip
-    threshold 1, decay -0.8, no momentum), as the authors' runs had it; `adamw` is torch's. A learner whose
-    gradient is not finite stands still from then on (`failed_at`: the step); under fp16 that step is left out
-    and its loss scale halved. Nothing here waits for the GPU. Not `stacked`: one learner, tensors without K.
-    """
-
-    def __init__(self, groups, K, rule, clip, fp16, stacked=True):
-        # each as it is, as (K, ...), and its group
-        self.parameters = [(p, p if stacked else p.detach()[None], g) for g in groups for p in g["params"]]
-        self.rule, self.clip, self.fp16 = rule, clip or math.inf, fp16      # clip 0: none
-        device = groups[0]["params"][0].device
-        self.steps = torch.zeros(K, dtype=torch.float64, device=device)     # taken by each learner
-        self.scale = torch.full((K,), 2.0 ** 16 if fp16 else 1.0, device=device)
-        self.good = torch.zeros(K, device=device)                           # steps since the scale changed
-        self.failed_at = torch.zeros(K, device=device)
-        self.loss = torch.zeros(K, device=device)                           # summed since the last evaluation
-        self.moments = []
-        for _, x, _ in self.parameters:
-            shapes = [x, x] if rule == "adamw" else [x[..., 0], x[..., 0, :]] if x.dim() > 2 else [x]
-            self.moments.append([torch.zeros(s.shape, device=device) for s in shapes])
-
-    @torch.no_grad()
-    def step(self, number, factor):
-        """Step number `number`, counted from 1; factor is the schedule's."""
-        grads = [p.grad.view_as(x) for p, x, _ in self.parameters]
-        norm = torch.stack([g.flatten(1).float().square().sum(1) for g in grads]).sum(0).sqrt() / self.scale
-        finite = norm.isfinite() & (self.failed_at == 0)                    # (K,)
-        shrink = (self.clip / (norm + 1e-6)).clamp(max=1) / self.scale      # torch's clip_grad_norm_, K times
-        self.steps += finite
-        t = self.steps.clamp(min=1)
-        new = (finite * t ** -0.8).float()      # Adafactor: weight of this step in its running means
-        for (p, x, group), g, moments in zip(self.parameters, grads, self.moments):
-            def k(v, like=x): return v.view(-1, *[1] * (like.dim() - 1))    # (K,) -> (K, 1, ...)
-            g = torch.where(k(finite), g * k(shrink), 0)
-            if self.rule == "adamw":
-                unbiased = []
-                for m, now, beta in zip(moments, (g, g * g), (0.9, 0.999)):
-                    m.lerp_(now, k(finite * (1 - beta)))
-                    unbiased.append(m / k((1 - beta ** t).float()))
-                update = unbiased[0] / (unbiased[1].sqrt() + 1e-8)
-            else:
-                square = g * g + 1e-30
-                for m, now in zip(moments, [square.mean(-1), square.mean(-2)] if x.dim() > 2 else [square]):
-                    m.lerp_(now, k(new, m))
-                root = moments[0].rsqrt()
-                if x.dim() > 2:     # the second moment as the outer product of its rows' and columns' means
-                    row, column = moments
-                    row = row / row.mean(-1, keepdim=True)
-                    root = row.rsqrt()[..., None] * column.rsqrt()[..., None, :]
-                update = g * root
-                update = update / k(update.flatten(1).square().mean(1).sqrt().clamp(min=1))
-            rate = k(finite * (factor * group["rate"]))                     # not finite: no rate, no step
-            x -= rate * torch.where(k(finite), update, 0) + rate * group["weight_decay"] * x
-            p.grad = None
-        if self.fp16:       # torch's GradScaler, but one scale for each learner
-            self.good = torch.where(finite, self.good + 1, 0)
-            self.scale *= torch.where(finite, 1 + (self.good >= 2000).float(), 0.5)
-            self.good *= self.good < 2000
-            finite = finite | (self.scale >= 1)
-        self.failed_at = torch.where(~finite & (self.failed_at == 0), float(number), self.failed_at)
-
-    def tensors(self):
-        """All that a step changes, each (K, ...)."""
-        return [self.steps, self.scale, self.good, self.failed_at, self.loss, *sum(self.moments, []),
-                *(x for _, x, _ in self.parameters)]
-
-
-def schedule(step, steps, warmup, kind, cycles):
-    """Factor on every rate at a step (from 0): linear warm-up, then a cosine with hard restarts or a line to
-    zero, as transformers' get_cosine_with_hard_restarts_schedule_with_warmup has it."""
-    warm = math.ceil(steps * warmup)
-    if step < warm:
-        return step / warm
-    progress = (step - warm) / (steps - warm)
-    return 1 - progress if kind == "linear" else 0.5 * (1 + math.cos(math.pi * (cycles * progress % 1)))
-
+# ---- The data of a task ------------------------------------------------------------------------------
 
 class Task:
-    """Training and dev sentences of some languages, tokenized: shared by all seeds that train on them."""
+    """Training and dev sentences of some languages, tokenized; all seeds that train on them share it."""
 
     def __init__(self, corpus, languages, tokenizer, max_length, balanced):
-        read = {s: [x for language in languages for x in corpus.read(language, s)] for s in ("train", "dev")}
-        self.languages, self.fingerprint = languages, fingerprint(read["train"] + read["dev"])
-        self.ids = {s: encode([x.text for x in read[s]], tokenizer, max_length) for s in read}
-        self.labels = {s: np.array([x.label for x in read[s]]) for s in read}
-        self.lengths = np.array([len(x) for x in self.ids["train"]])
-        counts = np.bincount(self.labels["train"], minlength=len(corpus.labels))
-        weights = len(self.lengths) / (len(counts) * counts.clip(1)) if balanced else np.ones(len(counts))
-        self.weights = torch.tensor(weights, dtype=torch.float32)           # (C,)
+        self.languages = languages
+        self.ids, self.labels, sentences, cut = {}, {}, [], 0
+        for split in ("train", "dev"):
+            of_split = []
+            for language in languages:
+                of_split += corpus.read(language, split)
+            self.ids[split], n_cut = encode([s.text for s in of_split], tokenizer, max_length)
+            self.labels[split] = np.array([s.label for s in of_split])
+            sentences += of_split
+            cut += n_cut
+        if cut:
+            warn(f"{cut:,} of {len(sentences):,} texts cut at {max_length} tokens (data.max_length)")
+        self.fingerprint = fingerprint(sentences)
+        self.lengths = np.array([len(ids) for ids in self.ids["train"]])
+        self.class_weights = torch.ones(len(corpus.labels))
+        if balanced:    # n / (classes x count), as scikit-learn's "balanced"
+            counts = np.bincount(self.labels["train"], minlength=len(corpus.labels))
+            weights = len(self.lengths) / (len(counts) * counts.clip(min=1))
+            self.class_weights = torch.tensor(weights, dtype=torch.float32)
+
+
+# ---- Rates: which tensor moves how fast ----------------------------------------------------------------
+
+def parameter_groups(modules, cfg):
+    """Trainable tensors with their rates, as torch's optimizers take them: [{params, lr, ...}].
+
+    paper: the standard rows have a rate of their own and no decay; biases and norms never decay.
+    The embedding of the encoded rows has its own settings, too: see config.yaml.
+    """
+    groups = {}
+    for name, parameter in modules.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if name == "prompt.standard":
+            key = cfg["standard_rate"], cfg["standard_weight_decay"]
+        elif name == "prompt.encoded":
+            key = cfg["encoded_rate"], cfg["encoded_weight_decay"]
+        elif "bias" in name or "norm" in name.lower():      # as transformers' Trainer decides it
+            key = cfg["rate"], 0.0
+        else:
+            key = cfg["rate"], cfg["weight_decay"]
+        groups.setdefault(key, []).append(parameter)
+    return [dict(params=parameters, lr=rate, weight_decay=decay)
+            for (rate, decay), parameters in groups.items()]
+
+
+def make_optimizer(groups, name):
+    """paper: Adafactor at fixed rates, clip threshold 1, decay -0.8, no momentum."""
+    if name == "adamw":
+        return torch.optim.AdamW(groups)
+    return transformers.Adafactor(groups, lr=0.0, relative_step=False, scale_parameter=False,
+                                  warmup_init=False, clip_threshold=1.0, decay_rate=-0.8)
+
+
+def make_schedule(optimizer, steps, cfg):
+    """paper: linear warm-up, then a cosine with hard restarts. `linear` falls to zero instead."""
+    warmup = math.ceil(steps * cfg["warmup"])
+    if cfg["schedule"] == "linear":
+        return transformers.get_linear_schedule_with_warmup(optimizer, warmup, steps)
+    return transformers.get_cosine_with_hard_restarts_schedule_with_warmup(
+        optimizer, warmup, steps, num_cycles=cfg["cycles"])
+
+
+# ---- The learner ----------------------------------------------------------------------------------------
+
+@dataclass
+class Progress:
+    """Where a learner stands: plain values, so that a checkpoint can hold them."""
+    dev_accuracy: float = 0.0       # of the last evaluation, percent
+    best_accuracy: float = -1.0     # of all so far
+    best_step: int = 0
+    best_loss: float = 0.0          # on the dev split, at the best step
+    lowest_loss: float = math.inf   # on the dev split, since patience counts
+    waited: int = 0                 # evaluations without a lower one
+    stopped: str = ""               # why it has ended; empty while it goes on
+    seconds: float = 0.0
+    log_bytes: int = 0              # length of metrics.jsonl
 
 
 class Learner:
-    """One prompt in training: where it stands, its best tensors so far, its folder."""
+    """One prompt in training: its folder, seed and languages, and in a pass its modules and optimizer."""
 
-    def __init__(self, folder, seed, task, meta):
-        self.folder, self.seed, self.task, self.meta = Path(folder), seed, task, meta
-        self.log = self.folder / "metrics.jsonl"
-        self.state = dict(best=-1.0, best_step=0, best_loss=0.0, watched=math.inf, waited=0, stopped="",
-                          seconds=0.0, metrics=0, dev=0.0)
-        self.tensors = None                 # of the best step: see snapshot
+    def __init__(self, folder, seed, languages, meta):
+        self.folder, self.seed, self.languages = Path(folder), seed, languages
+        self.meta = meta                    # becomes prompt.json
+        self.log_path = self.folder / "metrics.jsonl"
+        self.log = None                     # metrics.jsonl, open and locked during a pass
+        self.task = None                    # see load_task
+        self.progress = Progress()
+        self.best = None                    # tensors of the best step, on the CPU
 
-    @property
-    def finished(self):
-        """What prompt.json says of the training, if this run has ended with something to keep, or {}."""
+    # -- its folder
+
+    def saved_training(self):
+        """What prompt.json says of the training, or None if this run has not ended with a prompt."""
         try:
             training = xpe.read_json(self.folder / "prompt.json")["training"]
-            return training if training["finished"] is True else {}
-        except (OSError, ValueError, KeyError, TypeError):
-            return {}
+        except (OSError, ValueError, KeyError):
+            return None
+        if not isinstance(training, dict) or training.get("finished") is not True:
+            return None
+        if not (self.folder / "prompt.safetensors").is_file():
+            raise FileNotFoundError(f"{self.folder}: has prompt.json, but prompt.safetensors is "
+                                    f"missing; remove the folder to train it again")
+        return training
 
-    def check(self, settings, path):
-        """Raise ValueError if `settings`, found at `path`, are not those of this run, memory's aside."""
-        for key, mine in self.meta["training"]["settings"].items():
-            was = settings.get(key) if isinstance(settings, dict) else None
-            if (type(was), was) != (type(mine), mine) and key not in ("learners_at_once", "tokens"):
-                raise ValueError(f"{path}: {key} was {was!r}, not {mine!r}: --resume goes on with the same "
-                                 f"settings only")
+    def is_over(self):
+        """Whether there is nothing left to train: it has a prompt, or it diverged before it had one."""
+        return self.saved_training() is not None or (self.folder / DIVERGED).is_file()
 
-    def checkpoints(self):
-        """{step: file}, for the steps at which it can go on."""
-        files = self.folder.glob("checkpoint-*.pt")
-        return {int(f.stem[11:]): f for f in files if f.stem[11:].isdecimal()}
+    def check_settings(self, saved, path):
+        """Raise ValueError if `saved` settings, found at `path`, are not the settings of this run."""
+        if not isinstance(saved, dict):
+            raise ValueError(f"{path}: holds no settings")
+        for key, value in self.meta["training"]["settings"].items():
+            before = saved.get(key)
+            if key in MEMORY_SETTINGS or (type(before) is type(value) and before == value):
+                continue
+            hint = f"; --set train.{key}={before}" if key in ("amp", "frozen_weights") else ""
+            raise ValueError(f"{path}: {key} was {before!r}, not {value!r}: --resume goes on with "
+                             f"the same settings only{hint}")
 
-    def clear(self, but=None):
-        """Delete the checkpoints, but for that of one step."""
-        for step, file in self.checkpoints().items():
-            if step != but:
-                file.unlink()
-
-    def ended(self):
-        """Whether there is nothing left to train: it then says so. Clears away debris."""
-        for file in self.folder.glob(".*.????????"):    # what a killed process was about to rename
-            file.unlink()
-        lost = self.folder / "diverged.txt"
-        if lost.is_file():
-            print(f"{self.folder}: {lost.read_text().strip()}; remove the folder to try again")
-        elif self.finished:
-            print(f"{self.folder}: finished already")
-        else:
-            return False
-        self.clear()
-        return True
-
-    def judge(self, step, steps, logits, train_loss, failed, cfg):
-        """Take in a dev evaluation, logits (n, C), append it to metrics.jsonl, return whether it is the best.
-        failed: the step whose loss or gradient was not finite, or 0."""
-        s, labels = self.state, self.task.labels["dev"]
-        loss = float(F.cross_entropy(logits, torch.from_numpy(labels)))
-        if failed or not math.isfinite(loss):
-            s["stopped"] = (f"diverged: loss or gradient not finite at step {failed or step}, "
-                            f"seed {self.seed}, {', '.join(self.task.languages[:8])}")
-            return False
-        s["dev"] = accuracy(labels, logits.argmax(1))
-        s["stopped"] = "all steps" if step == steps else ""
-        better = s["dev"] > s["best"]
-        if better:
-            s.update(best=s["dev"], best_step=step, best_loss=loss)
-        # authors' code: patience watches the dev *loss*, from half of the steps; kept is the best *accuracy*
-        if cfg["patience"] and step >= int(steps * cfg["patience_after"]):
-            s["waited"] = 0 if loss < s["watched"] else s["waited"] + 1
-            s["watched"] = min(s["watched"], loss)
-            if s["waited"] >= cfg["patience"]:
-                s["stopped"] = f"no better dev loss in {s['waited']} evaluations"
-        line = json.dumps(dict(step=step, loss=round(train_loss, 6), dev_accuracy=round(s["dev"], 4),
-                               dev_loss=round(loss, 6), best=round(s["best"], 4))).encode() + b"\n"
+    def claim_folder(self, resume):
+        """Make the folder ours, against every other process. Raises FileExistsError if it is taken."""
         try:
-            with open(self.log, "ab") as f:
-                f.write(line)
-        except OSError as e:        # a full disk says no name by itself
-            raise OSError(e.errno, e.strerror, str(self.log)) from None
-        s["metrics"] += len(line)
-        return better
+            self.folder.mkdir(parents=True, exist_ok=resume)
+        except FileExistsError:
+            raise already_there(self.folder) from None
+        self.log = open(self.log_path, "ab")
+        if fcntl is not None:
+            try:
+                fcntl.flock(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)    # ends with the process
+            except OSError:
+                raise FileExistsError(f"{self.folder}: another process is training this run"
+                                      ) from None
+        for file in self.folder.glob(".*.????????"):
+            file.unlink()       # what a killed process was about to rename: xpe.write_atomically
+
+    def write_log(self, **values):
+        """Append a line to metrics.jsonl."""
+        line = json.dumps(values).encode() + b"\n"
+        try:
+            self.log.write(line)
+            self.log.flush()
+        except OSError as error:        # a full disk says no name by itself
+            raise OSError(error.errno, error.strerror, str(self.log_path)) from None
+        self.progress.log_bytes += len(line)
+
+    def cut_log(self, length):
+        """Forget the lines after a checkpoint: their steps will come again."""
+        self.log.truncate(length)
+        self.progress.log_bytes = length
+
+    # -- its modules
+
+    def build(self, job, backbone):
+        """Make prompt and head, from the seed or as the source run left them; `full` tunes the backbone."""
+        torch.manual_seed(self.seed)
+        prompt_width, head_width = xpe.widths(backbone)
+        self.backbone = None
+        if job.source:
+            config = dict(job.source.prompt.config, dropout=job.cfg["prompt_dropout"])
+            self.prompt = xpe.SoftPrompt(**config)
+            self.prompt.load_state_dict(job.source.prompt.state_dict())
+            self.head = copy.deepcopy(job.source.head)
+        elif job.mode == "full":
+            self.prompt = None
+            self.head = xpe.ClassificationHead(head_width, len(job.corpus.labels),
+                                               head_dropout(backbone.config))
+            self.backbone = backbone
+        else:
+            self.prompt = xpe.SoftPrompt(prompt_width, **job.prompt_arguments())
+            self.head = xpe.ClassificationHead(head_width, len(job.corpus.labels),
+                                               head_dropout(backbone.config))
+        if job.mode == "head":      # the baseline: a random prompt that stays random
+            self.prompt.requires_grad_(False)
+
+    def modules(self):
+        """Everything of this learner that training may change, by name."""
+        named = {"prompt": self.prompt, "head": self.head, "backbone": self.backbone}
+        return torch.nn.ModuleDict({name: m for name, m in named.items() if m is not None})
+
+    def prepare(self, cfg, steps, device):
+        """Make optimizer, schedule and loss scaling; the modules are on their device by now."""
+        modules = self.modules()
+        self.parameters = [p for p in modules.parameters() if p.requires_grad]
+        self.meta["training"]["trainable"] = sum(p.numel() for p in self.parameters)
+        self.optimizer = make_optimizer(parameter_groups(modules, cfg), cfg["optimizer"])
+        self.schedule = make_schedule(self.optimizer, steps, cfg)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=cfg["amp"] == "fp16")
+        self.class_weights = self.task.class_weights.to(device)
+        self.loss_sum = torch.zeros((), device=device)      # since the last evaluation
+
+    def step(self, clip):
+        """Clip the gradient of this learner, take one step, move the schedule on."""
+        self.scaler.unscale_(self.optimizer)
+        if clip:
+            torch.nn.utils.clip_grad_norm_(self.parameters, clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+
+    def tensors(self):
+        """A copy of its modules' tensors on the CPU, by name of the module."""
+        copies = {}
+        for name, module in self.modules().items():
+            state = module.state_dict()
+            copies[name] = {key: tensor.cpu().clone() for key, tensor in state.items()}
+        return copies
+
+    def state_dict(self):
+        """All that it needs to go on; see save_checkpoint."""
+        return dict(settings=self.meta["training"]["settings"], progress=asdict(self.progress),
+                    modules=self.tensors(), best=self.best, optimizer=self.optimizer.state_dict(),
+                    schedule=self.schedule.state_dict(), scaler=self.scaler.state_dict(),
+                    loss_sum=self.loss_sum.cpu())
+
+    def load_state_dict(self, state, path):
+        """Go on from `state`, read from `path`. Raises ValueError if it is not a state of this run."""
+        # a step with zero gradients fills the optimizer's state: the checkpoint must look like it
+        for parameter in self.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        reference = dict(self.state_dict(), settings=state["settings"])
+        if state["best"] is not None:
+            reference["best"] = self.tensors()
+        if layout(reference) != layout(state):
+            raise ValueError("does not fit this run")
+        self.check_settings(state["settings"], path)
+        self.progress = Progress(**state["progress"])
+        self.best = state["best"]
+        for name, module in self.modules().items():
+            module.load_state_dict(state["modules"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.loss_sum.copy_(state["loss_sum"])
+        log_size = self.log_path.stat().st_size
+        if not 0 <= self.progress.log_bytes <= log_size:
+            raise ValueError(f"metrics.jsonl has {log_size} bytes, not {self.progress.log_bytes}")
+
+    # -- its results
+
+    def record_evaluation(self, step, steps, logits, train_loss, cfg):
+        """Take in logits (n, C) on its dev split: keep the best tensors, log, decide whether to stop."""
+        progress = self.progress
+        labels = self.task.labels["dev"]
+        dev_loss = float(F.cross_entropy(logits, torch.from_numpy(labels)))
+        if not math.isfinite(dev_loss) or not math.isfinite(train_loss):
+            progress.stopped = f"diverged: the loss is no longer finite at step {step}"
+            return
+        progress.dev_accuracy = accuracy(labels, logits.argmax(dim=1))
+        if progress.dev_accuracy > progress.best_accuracy:
+            progress.best_accuracy = progress.dev_accuracy
+            progress.best_step, progress.best_loss = step, dev_loss
+            self.best = self.tensors()
+        # paper: patience watches the dev *loss*, and only after half of the steps; what is kept is
+        # the best *accuracy*
+        if cfg["patience"] and step >= int(steps * cfg["patience_after"]):
+            progress.waited += 1
+            if dev_loss < progress.lowest_loss:
+                progress.lowest_loss, progress.waited = dev_loss, 0
+            if progress.waited >= cfg["patience"]:
+                progress.stopped = f"no lower dev loss in {progress.waited} evaluations"
+        if step == steps:
+            progress.stopped = "all steps"
+        self.write_log(step=step, loss=round(train_loss, 6),
+                       dev_accuracy=round(progress.dev_accuracy, 4), dev_loss=round(dev_loss, 6),
+                       best=round(progress.best_accuracy, 4))
 
     def finish(self):
-        """Write the best state as a prompt folder, drop the checkpoints, say where it is and how good."""
-        s, best = self.state, self.tensors
-        if s["stopped"].startswith("diverged"):
-            kept = f"kept step {s['best_step']}" if best else "nothing good to keep; lower train.rate"
-            warn(f"{self.folder}: {s['stopped']}; {kept}")
-        if best is None:
-            xpe.write_atomic(self.folder / "diverged.txt", f"{s['stopped']}\n".encode())
-        else:
-            if "backbone" in best:
-                xpe.write_atomic(self.folder / "backbone.safetensors", save(best["backbone"]))
-            self.meta["training"] |= {"best_step": s["best_step"], "dev_accuracy": s["best"],
-                                      "dev_loss": s["best_loss"], "stopped": s["stopped"], "finished": True,
-                                      "seconds": round(s["seconds"], 1)}
-            xpe.save_prompt(self.folder, best.get("prompt", {}), best["head"], self.meta)
-            tqdm.write(f"{self.folder}: dev accuracy {s['best']:.1f} at step {s['best_step']}, "
-                       f"{s['stopped']}, {s['seconds']:.0f} s")
-        self.clear()
+        """Write the best tensors as a prompt folder; without any, say in a file why there are none."""
+        progress = self.progress
+        if progress.stopped.startswith("diverged"):
+            kept = "nothing good to keep; lower train.rate"
+            if self.best is not None:
+                kept = f"kept step {progress.best_step}"
+            warn(f"{self.folder}: {progress.stopped}; {kept}")
+        if self.best is None:
+            xpe.write_atomically(self.folder / DIVERGED, f"{progress.stopped}\n".encode())
+            return
+        for name, module in self.modules().items():
+            if name == "backbone":
+                tensors = save(self.best["backbone"], {"format": "pt"})
+                xpe.write_atomically(self.folder / "backbone.safetensors", tensors)
+            else:
+                module.load_state_dict(self.best[name])
+        self.meta["training"].update(
+            best_step=progress.best_step, dev_accuracy=progress.best_accuracy,
+            dev_loss=progress.best_loss, stopped=progress.stopped, finished=True,
+            seconds=round(progress.seconds, 1))
+        xpe.save_prompt(self.folder, self.prompt, self.head, self.meta)
+        tqdm.write(f"{self.folder}: dev accuracy {progress.best_accuracy:.1f} at step "
+                   f"{progress.best_step}, {progress.stopped}, {progress.seconds:.0f} s")
 
 
-def snapshot(model, k):
-    """The trained tensors of learner k, on the CPU."""
-    out = {"head": xpe.take(model.head, k)}
-    if model.prompt is not None:
-        return out | {"prompt": xpe.take(model.prompt, k)}
-    return out | {"backbone": {n: t.detach().cpu().clone() for n, t in model.backbone.state_dict().items()}}
+def already_there(folder):
+    """The error for a run folder that would be written over."""
+    return FileExistsError(f"{folder} exists: --resume goes on, --out starts elsewhere")
 
 
-def standing(learners, step, optimizer, generators):
-    """All that each learner of a pass needs to go on from `step`: what its checkpoint holds."""
-    random = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
-    for k, (learner, generator) in enumerate(zip(learners, generators)):
-        yield dict(step=step, settings=learner.meta["training"]["settings"], state=learner.state,
-                   best=learner.tensors, random=random, dropout=generator.get_state(),
-                   now=[x.detach()[k].cpu().clone() for x in optimizer.tensors()])
+def head_dropout(config):
+    """The dropout that XLM-R's own classification head takes from the backbone's configuration."""
+    for name in ("classifier_dropout", "hidden_dropout_prob"):
+        value = getattr(config, name, None)
+        if value is not None:
+            return float(value)
+    return 0.1
 
 
-def save_checkpoints(learners, step, optimizer, generators):
-    """Write checkpoint-<step>.pt for all learners of a pass, and only then delete the older ones: whenever
-    the process dies, there is a step at which all of them can go on together."""
-    for learner, state in zip(learners, standing(learners, step, optimizer, generators)):
-        xpe.write_atomic(learner.folder / f"checkpoint-{step}.pt", lambda f: torch.save(state, f))
+# ---- Checkpoints: one file for each pass -------------------------------------------------------------
+# pass.json in each folder names the learners of its pass; checkpoint.pt lies in the first one's.
+
+def save_checkpoint(learners, step):
+    """Write the state of a whole pass as one file: whenever the process dies, there is a step at which
+    all of its learners can go on together."""
+    random = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        random["cuda"] = torch.cuda.get_rng_state()
+    state = {"step": step, "random": random,
+             "learners": {learner.folder.name: learner.state_dict() for learner in learners}}
+    path = checkpoint_path(learners[0].folder)
+    xpe.write_atomically(path, lambda file: torch.save(state, file))
+
+
+def checkpoint_path(folder):
+    """Where the checkpoint of the pass lies in which the run of `folder` is trained: with the first of
+    its learners. Raises ValueError for a pass.json that names none."""
+    path = Path(folder) / "pass.json"
+    first = folder.name
+    if path.is_file():
+        names = xpe.read_json(path).get("learners")
+        if not isinstance(names, list) or not names or not all(map(is_folder_name, names)):
+            raise ValueError(f"{path}: must name the learners of a pass; without it the run starts over")
+        first = names[0]
+    return folder.parent / first / "checkpoint.pt"
+
+
+def is_folder_name(name):
+    """Whether `name`, out of a file, is the bare name of a folder and no path to elsewhere."""
+    return isinstance(name, str) and re.fullmatch(r"[\w+-][\w.+-]*", name) is not None
+
+
+def read_checkpoint(path):
+    """-> {step, random, learners: {folder name: state}}; ValueError for a file that is none."""
+    try:
+        # weights_only: tensors and plain values; no code in a hostile file is run
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        fits = type(state["step"]) is int and state["step"] > 0 and len(state["learners"]) > 0
+        if not fits or not all(map(is_folder_name, state["learners"])):
+            raise ValueError("lacks its step or learners")
+    except OSError:
+        raise
+    except Exception as error:      # whatever torch.load makes of a damaged or hostile file
+        raise damaged_checkpoint(path, error) from None
+    return state
+
+
+def restore_checkpoint(learners, state, path):
+    """Put learners back to where `state` (see read_checkpoint) has them -> the step they stand at."""
     for learner in learners:
-        learner.clear(but=step)
-
-
-def layout(x):
-    """A nest of dicts, lists, tensors and plain values without the values: keys, shapes and types."""
-    if isinstance(x, dict):
-        return {key: layout(value) for key, value in x.items()}
-    if isinstance(x, list):
-        return [layout(value) for value in x]
-    return (x.shape, x.dtype) if torch.is_tensor(x) else type(x)
-
-
-@torch.no_grad()
-def load_checkpoints(learners, step, model, optimizer, generators):
-    """Put a pass back to where it stood at `step`; ValueError for a file that is not such a checkpoint."""
-    states = []
-    for k, own in enumerate(standing(learners, step, optimizer, generators)):
-        learner, path = learners[k], learners[k].folder / f"checkpoint-{step}.pt"
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            best = None if state["best"] is None else snapshot(model, k)
-            own |= {"settings": state["settings"], "best": best}
-            fits = layout(state) == layout(own) and state["step"] == step
-            generators[k].set_state(state["dropout"])
-            torch.set_rng_state(state["random"][0])
-            for random in state["random"][1:]:
-                torch.cuda.set_rng_state(random)
-        except Exception as e:      # whatever torch.load makes of a broken or hostile file; it runs no code
-            raise ValueError(f"{path}: no checkpoint of this run ({type(e).__name__}); without it "
-                             f"the run starts over") from None
-        learner.check(state["settings"], path)
-        logged = learner.log.stat().st_size if learner.log.is_file() else 0
-        if not fits or not 0 <= state["state"]["metrics"] <= logged:
-            raise ValueError(f"{path}: does not fit this run; without it the run starts over")
-        states.append(state)
-    for learner, state in zip(learners, states):
-        learner.state, learner.tensors = state["state"], state["best"]
-        with open(learner.log, "ab") as f:
-            f.truncate(learner.state["metrics"])        # the steps after will come again
-    for x, *slices in zip(optimizer.tensors(), *(state["now"] for state in states), strict=True):
-        x.copy_(torch.stack(slices))
+            learner.load_state_dict(state["learners"][learner.folder.name], path)
+        except Exception as error:
+            if isinstance(error, ValueError) and "--resume" in str(error):
+                raise       # other settings: that message is for the user
+            raise damaged_checkpoint(path, error) from None
+    try:
+        torch.set_rng_state(state["random"]["cpu"])
+        if torch.cuda.is_available() and "cuda" in state["random"]:
+            torch.cuda.set_rng_state(state["random"]["cuda"])
+    except Exception as error:
+        raise damaged_checkpoint(path, error) from None
+    for learner in learners:
+        learner.cut_log(learner.progress.log_bytes)
+    return state["step"]
+
+
+def damaged_checkpoint(path, error):
+    """The error for a checkpoint that cannot be used."""
+    reason = (str(error).splitlines() or [""])[0][:200]
+    return ValueError(f"{path}: not a checkpoint of this run ({type(error).__name__}: {reason}); "
+                      f"remove it and the run starts over")
+
+
+def layout(value):
+    """A nest of dicts, lists, tensors and plain values without the values: its keys, shapes, types."""
+    if isinstance(value, dict):
+        return {key: layout(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [layout(item) for item in value]
+    if torch.is_tensor(value):
+        return value.shape, value.dtype
+    return type(value)
 
 
 class Interrupts:
-    """Ctrl-C and SIGTERM become a flag: the step ends, a checkpoint is written. A second one ends at once."""
+    """Ctrl-C and a scheduler's signals become a flag: the step ends and a checkpoint is written. The
+    second one ends the process at once."""
 
     def __enter__(self):
-        self.got, self.old = False, {n: signal.signal(n, self._flag) for n in (signal.SIGINT, signal.SIGTERM)}
+        self.arrived = False
+        self.handlers = {}
+        for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
+            number = getattr(signal, name, None)        # Windows lacks the last two
+            if number is None:
+                continue
+            if name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN:
+                continue        # nohup: it asked for this signal to be ignored
+            self.handlers[number] = signal.signal(number, self.note_arrival)
         return self
 
-    def _flag(self, *_):
-        self.got = True
+    def note_arrival(self, *_):
+        self.arrived = True
         self.__exit__()
 
     def __exit__(self, *_):
-        for number, handler in self.old.items():
+        for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
 
-def train(learners, model, autocast, cfg, pad_id, device, step=0, quiet=False):
-    """Train K learners through one backbone until each has stopped; False if the user interrupted that.
+# ---- The loop --------------------------------------------------------------------------------------------
 
-    They have equally many sentences, and model holds their K prompts and heads; cfg: see settings_for; step:
-    that of the checkpoints to go on from.
+def count_steps(cfg, n_sentences):
+    """-> (steps of the whole run, steps of an epoch, batches of an epoch)."""
+    batches = math.ceil(n_sentences / cfg["batch_size"])
+    per_epoch = math.ceil(batches / cfg["accumulate"])
+    steps = cfg["steps"]
+    if cfg["epochs"]:
+        steps = cfg["epochs"] * per_epoch
+    return steps, per_epoch, batches
+
+
+def join_batches(learners, orders, number, pad_id, device):
+    """Batch `number` of each learner, side by side -> input_ids, attention_mask (K*B, T), labels (K*B,)."""
+    rows, labels = [], []
+    for learner, order in zip(learners, orders):
+        for i in order[number]:
+            rows.append(learner.task.ids["train"][i])
+            labels.append(learner.task.labels["train"][i])
+    input_ids, attention_mask = collate(rows, pad_id)
+    batch = input_ids, attention_mask, torch.tensor(labels)
+    return [tensor.to(device, non_blocking=True) for tensor in batch]
+
+
+def train(learners, model, autocast, cfg, pad_id, device, start=0, quiet=False):
+    """Train the K learners of a pass until each has stopped; False if a signal came before that.
+
+    `model` holds their K prompts and heads. All have equally many sentences, so that step i has
+    batches of one size and of like lengths for all. `start`: the step that a checkpoint stands at.
     """
-    optimizer = Optimizer(parameter_groups(model, cfg), len(learners), cfg["optimizer"], cfg["clip"],
-                          cfg["amp"] == "fp16", stacked=model.prompt is not None)
-    generators = [torch.Generator(device).manual_seed(x.seed) for x in learners]    # of each prompt's dropout
-    torch.manual_seed(learners[0].seed)                                             # of the backbone's
-    model.set_generators(generators)
-    n, B, accumulate = len(learners[0].task.lengths), cfg["batch_size"], cfg["accumulate"]
-    batches = -(-n // B)                                # of one epoch
-    per_epoch = -(-batches // accumulate)               # steps
-    steps = cfg["epochs"] * per_epoch or cfg["steps"]
-    every = cfg["evaluate_every"] or per_epoch
-    if step:
-        load_checkpoints(learners, step, model, optimizer, generators)
-    saved, clock, epoch, orders = step, time.time(), None, None
-    weights = torch.stack([x.task.weights for x in learners]).to(device)                    # (K, C)
+    steps, per_epoch, batches = count_steps(cfg, len(learners[0].task.lengths))
+    evaluate_every = cfg["evaluate_every"] or per_epoch
+    dropout = cheap_dropout(device)
+    orders, saved_at, clock = None, start, time.time()
+    progress_bar = tqdm(total=steps, initial=start, unit=" steps", disable=quiet or None,
+                        dynamic_ncols=True)
     model.eval()
-    dropout = CheapDropout() if device.type == "cpu" else nullcontext()
-    bar = tqdm(total=steps, initial=step, unit=" steps", disable=quiet or None, dynamic_ncols=True)
-    with bar, Interrupts() as interrupts:
-        while True:
-            for x in learners:
-                x.state["seconds"] += time.time() - clock
-                if x.state["stopped"]:
-                    x.finish()
-            clock = time.time()
-            stay = [k for k, x in enumerate(learners) if not x.state["stopped"]]
-            if not stay:
-                break
-            if len(stay) < len(learners):               # the others go on in a smaller stack
-                learners, generators, epoch = [learners[k] for k in stay], [generators[k] for k in stay], None
-                for x in {*model.prompt.parameters(), weights, *optimizer.tensors()}:       # each once
-                    x.data = x.data[stay]
-                model.set_generators(generators)
-            if interrupts.got:
-                save_checkpoints(learners, step, optimizer, generators)
-                break
-
-            # one step: every learner's own batch, side by side
-            K = len(learners)
-            if not model.training:              # paper: the backbone is frozen, but its dropout is active
+    with progress_bar, Interrupts() as interrupts:
+        for step in range(start + 1, steps + 1):
+            if not model.training:          # at the start, and after each evaluation
                 model.train()
+                # paper: the backbone is frozen, but its dropout is active
                 model.backbone.train(cfg["dropout"])
-            if epoch != step // per_epoch:
-                epoch = step // per_epoch
-                orders = [length_batches(x.task.lengths, B, x.seed, epoch) for x in learners]
-            micro = range(batches)[step % per_epoch * accumulate:][:accumulate]
-            for i in micro:
-                rows = [(x.task, j) for x, order in zip(learners, orders) for j in order[i]]
-                ids, mask = collate([t.ids["train"][j] for t, j in rows], pad_id)
-                labels = torch.tensor([t.labels["train"][j] for t, j in rows])
-                ids, mask, labels = (t.to(device, non_blocking=True) for t in (ids, mask, labels))
+
+            # each epoch has its own order, a pure function of seed and epoch
+            epoch, position = divmod(step - 1, per_epoch)
+            if orders is None or position == 0:
+                orders = [length_batches(learner.task.lengths, cfg["batch_size"], learner.seed, epoch)
+                          for learner in learners]
+            first = position * cfg["accumulate"]
+            numbers = range(first, min(first + cfg["accumulate"], batches))
+
+            for number in numbers:
+                input_ids, mask, labels = join_batches(learners, orders, number, pad_id, device)
                 with autocast(), dropout:
-                    logits = model(ids, mask)                                               # (K * B, C)
-                loss = F.cross_entropy(logits.float(), labels, reduction="none").view(K, -1)    # (K, B)
-                w = weights.gather(1, labels.view(K, -1))
-                loss = (loss * w).sum(1) / w.sum(1) / len(micro)                            # (K,)
-                (loss * optimizer.scale).sum().backward()
-                optimizer.loss += loss.detach()         # stays on the device: reading it would wait
-            del logits, loss        # the graph goes: it would expect gradients of the size of a larger stack
-            optimizer.step(step + 1, schedule(step, steps, cfg["warmup"], cfg["schedule"], cfg["cycles"]))
-            step += 1
-            bar.update()
+                    logits = model(input_ids, mask)                     # (K*B, C)
+                total = 0.0
+                blocks = zip(learners, logits.float().chunk(len(learners)),
+                             labels.chunk(len(learners)))
+                for learner, block, wanted in blocks:                   # (B, C), (B,)
+                    loss = F.cross_entropy(block, wanted, learner.class_weights) / len(numbers)
+                    learner.loss_sum += loss.detach()       # stays on the device: a look would wait
+                    total = total + learner.scaler.scale(loss)
+                total.backward()
 
-            if step % every == 0 or step == steps:
-                train_loss = optimizer.loss / ((step - 1) % every + 1)
-                judge_all(learners, model, optimizer, step, steps, train_loss, cfg, pad_id, autocast)
-                optimizer.loss.zero_()
-                dev, best = (np.mean([x.state[key] for x in learners]) for key in ("dev", "best"))
-                bar.set_postfix_str(f"loss {train_loss.mean():.3f}, dev accuracy {dev:.1f}, best {best:.1f}")
-                if not quiet and step * 8 // steps > (step - every) * 8 // steps:     # a few lines that stay
-                    tqdm.write(f"step {step:>6,} of {steps:,}: dev accuracy {dev:.1f}, best {best:.1f}")
-                if step - saved >= cfg["checkpoint_every"] or any(x.state["stopped"] for x in learners):
-                    save_checkpoints(learners, step, optimizer, generators)
-                    saved = step
-    return not interrupts.got
+            for learner in learners:        # paper: each clips and steps by itself
+                learner.step(cfg["clip"])
+            progress_bar.update()
 
-
-class CheapDropout(TorchFunctionMode):
-    """ours: F.dropout by 16 random bits an element: on a CPU torch's own, which computes a double for each,
-    takes a fifth of a step. (p = 0.1 becomes 0.100006.) Not for what is drawn in C++, as in SDPA."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        own = self.dropout if function is F.dropout else function
-        return own(*args, **(kwargs or {}))
-
-    @staticmethod
-    def dropout(input, p=0.5, training=True, inplace=False):
-        """F.dropout's arguments and result."""
-        if not training or not 0 < p < 0.999:
-            return F.dropout(input, p, training, inplace)
-        n = input.numel()
-        bits = torch.empty(-(-n // 4), dtype=torch.int64).random_(-2 ** 63, None).view(torch.int16)
-        keep = bits[:n].view(input.shape).ge_(round(65536 * p) - 32768)         # 0 or 1
-        return input * keep.to(input.dtype).mul_(1 / (1 - p))
+            if step % evaluate_every == 0 or step == steps:
+                since = (step - 1) % evaluate_every + 1
+                evaluate_learners(learners, model, step, steps, since, cfg, pad_id, autocast)
+                now = time.time()
+                for learner in learners:
+                    learner.progress.seconds += now - clock
+                clock = now
+                if not quiet:
+                    show_progress(learners, progress_bar, step, steps, evaluate_every)
+                someone_stopped = any(learner.progress.stopped for learner in learners)
+                if someone_stopped or step - saved_at >= cfg["checkpoint_every"]:
+                    save_checkpoint(learners, step)
+                    saved_at = step
+                if someone_stopped:
+                    learners = finish_stopped(learners)
+                    if not learners:
+                        return not interrupts.arrived
+                    model = join_learners(learners, model.backbone, model.reads).eval()
+                    orders = None
+            if interrupts.arrived:
+                now = time.time()
+                for learner in learners:
+                    learner.progress.seconds += now - clock
+                save_checkpoint(learners, step)
+                return False
+    return True
 
 
-def judge_all(learners, model, optimizer, step, steps, train_loss, cfg, pad_id, autocast):
-    """Evaluate every learner on its own dev split, all in one pass, and let each judge itself."""
-    sizes = [len(x.task.labels["dev"]) for x in learners]
-    owner = torch.arange(len(learners)).repeat_interleave(torch.tensor(sizes))
-    encoded = [ids for x in learners for ids in x.task.ids["dev"]]
-    logits = predict(model, encoded, pad_id, owner, cfg["tokens"], autocast)
-    for k, (learner, own) in enumerate(zip(learners, logits.split(sizes))):
-        if learner.judge(step, steps, own, float(train_loss[k]), int(optimizer.failed_at[k]), cfg):
-            learner.tensors = snapshot(model, k)
+def cheap_dropout(device):
+    """speed.py's dropout on a CPU; torch's own elsewhere, or if that file has been deleted."""
+    if device.type == "cpu":
+        try:
+            from speed import CheapDropout
+            return CheapDropout()
+        except ImportError:
+            pass
+    return nullcontext()
+
+
+def evaluate_learners(learners, model, step, steps, since, cfg, pad_id, autocast):
+    """Evaluate every learner on its own dev split, all in one go; `since`: steps since the last time."""
+    encoded, owner, sizes = [], [], []
+    for k, learner in enumerate(learners):
+        texts = learner.task.ids["dev"]
+        encoded += texts
+        owner += [k] * len(texts)
+        sizes.append(len(texts))
+    logits = predict(model, encoded, pad_id, torch.tensor(owner), cfg["tokens"], autocast)
+    for learner, own_logits in zip(learners, logits.split(sizes)):
+        train_loss = float(learner.loss_sum) / since
+        learner.loss_sum.zero_()
+        learner.record_evaluation(step, steps, own_logits, train_loss, cfg)
+
+
+def show_progress(learners, progress_bar, step, steps, evaluate_every):
+    """About eight lines that stay, and the bar; of several learners the means."""
+    dev = np.mean([learner.progress.dev_accuracy for learner in learners])
+    best = np.mean([learner.progress.best_accuracy for learner in learners])
+    progress_bar.set_postfix_str(f"dev accuracy {dev:.1f}, best {best:.1f}")
+    if step * 8 // steps > (step - evaluate_every) * 8 // steps:
+        of_several = f" (means of {len(learners)})" if len(learners) > 1 else ""
+        tqdm.write(f"step {step:>6,} of {steps:,}: dev accuracy {dev:.1f}, best {best:.1f}{of_several}")
+
+
+def finish_stopped(learners):
+    """Write the results of learners that have stopped -> those that go on."""
+    for learner in learners:
+        if learner.progress.stopped:
+            learner.finish()
+    return [learner for learner in learners if not learner.progress.stopped]
+
+
+def join_learners(learners, backbone, reads):
+    """-> the PromptedClassifier that holds the prompts and heads of learners in training."""
+    heads = [learner.head for learner in learners]
+    if learners[0].prompt is None:
+        return xpe.PromptedClassifier(backbone, None, heads, reads, frozen=False)
+    prompts = [learner.prompt for learner in learners]
+    return xpe.PromptedClassifier(backbone, prompts, heads, reads)
+
+
+# ---- The command line ------------------------------------------------------------------------------------
+
+@dataclass
+class Job:
+    """What one command is to do."""
+    config: dict            # all settings, resolved: see config.yaml
+    cfg: dict               # the `train` section as this mode has it, and what else the loop needs
+    mode: str
+    source: Run             # the run to adapt, or None
+    group: str              # name of the languages, part of the folder's name
+    languages: list
+    corpus: Corpus
+    data: dict              # {name, revision}
+    reads: str
+    max_length: int
+
+    def prompt_arguments(self):
+        """SoftPrompt's arguments but for the width, from the configuration."""
+        arguments = dict(self.config["prompt"])
+        del arguments["reads"]
+        if self.mode == "xpe":
+            arguments["ratio"] = 1.0
+        elif self.mode != "dual":
+            arguments["ratio"] = 0.0
+        return arguments
+
+
+def parse_arguments(argv):
+    """The command line -> argparse's namespace."""
+    parser = argparse.ArgumentParser(description="Train soft prompts, the backbone frozen.")
+    add = parser.add_argument
+    add("--mode", choices=xpe.KINDS, help="spt, xpe, dual, or the baselines head and full")
+    add("--ratio", type=float, help="with --mode dual: share of encoded rows")
+    add("--sources", required=True, metavar="FILE", help="settings; name the source group")
+    add("--group", help="another group of that file")
+    add("--languages", help="these languages instead, separated by commas")
+    add("--seeds", help="11, 11-20 or 11,15 (default: 11)")
+    add("--data", help="folder <language>/{train,dev,test}.tsv, or a dataset on the hub")
+    add("--backbone", help="folder, or a model on the hub")
+    add("--steps", type=int, help="optimizer steps at most")
+    add("--adapt", metavar="RUN", help="adapt this run to each language of the group")
+    add("--out", default="runs", help="where the run folders go (default: runs)")
+    add("--resume", action="store_true", help="go on with runs that were interrupted")
+    add("--set", action="append", default=[], metavar="section.key=value", help="any setting")
+    add("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: auto)")
+    return parser.parse_args(argv)
 
 
 def parse_seeds(text):
@@ -435,245 +689,374 @@ def parse_seeds(text):
     seeds = []
     for part in text.split(","):
         match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part.strip())
-        low, high = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if not low <= high <= low + 999:
+        if not match:
             raise ValueError(f"--seeds {text}: write 11, 11-20 or 11,15")
+        low = int(match[1])
+        high = int(match[2] or low)
+        if not low <= high <= low + 999:
+            raise ValueError(f"--seeds {text}: from {low} to {high} is no range of 1 to 1,000 seeds")
         seeds += range(low, high + 1)
     if len(set(seeds)) != len(seeds):
-        raise ValueError(f"--seeds {text}: a seed stands twice")
+        raise ValueError(f"--seeds {text}: names a seed twice")
     return seeds
 
 
+def read_torchrun():
+    """-> (rank, local rank, number of processes) as torchrun sets them, or (0, 0, 1)."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    given = [name for name in names if os.environ.get(name)]
+    if not given:
+        if int(os.environ.get("SLURM_PROCID") or 0) > 0:
+            warn("SLURM started several tasks, and each would train everything: one task a node, "
+                 "`srun torchrun ... train.py ...`, shares the work")
+        return 0, 0, 1
+    if len(given) < len(names):
+        raise ValueError(f"of RANK, LOCAL_RANK and WORLD_SIZE only {', '.join(given)} is set: this "
+                         f"process would train a part of the seeds; use torchrun, or unset {given[0]}")
+    try:
+        rank, local_rank, world_size = [int(os.environ[name]) for name in names]
+    except ValueError:
+        raise ValueError("RANK, LOCAL_RANK and WORLD_SIZE must be whole numbers") from None
+    if not 0 <= rank < world_size:
+        raise ValueError(f"RANK is {rank}, WORLD_SIZE {world_size}: a rank must be below that size")
+    return rank, local_rank, world_size
+
+
 def settings_for(config, mode, adapt, steps):
-    """The `train` section as this mode has it, with the few values of other sections that the loop needs."""
-    cfg = config["train"] | (config["full"] if mode == "full" else {}) | (config["adapt"] if adapt else {})
-    cfg |= {} if steps is None else {"steps": steps, "epochs": 0}
+    """The `train` section as this mode has it, with the few values of other sections that the loop
+    needs. Raises ValueError for numbers with which no step can be taken."""
+    cfg = dict(config["train"])
+    if mode == "full":
+        cfg.update(config["full"])
+    if adapt:
+        cfg.update(config["adapt"])
+    if steps is not None:
+        cfg.update(steps=steps, epochs=0)
     for key in ("batch_size", "accumulate", "learners_at_once"):
         if cfg[key] < 1:
             raise ValueError(f"train.{key} must be at least 1, not {cfg[key]}")
-    if max(cfg["steps"], cfg["epochs"]) < 1:
+    if cfg["steps"] < 1 and cfg["epochs"] < 1:
         raise ValueError(f"--steps {cfg['steps']}: at least 1, or train.epochs")
-    return cfg | {"mode": mode, "dropout": config["backbone"]["dropout"],
-                  "tokens": config["evaluate"]["tokens"]}
+    cfg.update(mode=mode, dropout=config["backbone"]["dropout"], tokens=config["evaluate"]["tokens"])
+    return cfg
 
 
-def parameter_groups(model, cfg):
-    """Every trainable tensor in a group with its rate: [{params, rate, weight_decay}]."""
-    groups = {}
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            own = {"prompt.standard": "standard_", "prompt.encoded": "encoded_"}.get(name, "")
-            bias = not own and ("bias" in name or "norm" in name.lower())   # transformers: no decay there
-            key = cfg[f"{own}rate"], 0.0 if bias else cfg[f"{own}weight_decay"]
-            groups.setdefault(key, []).append(p)
-    return [dict(params=params, rate=rate, weight_decay=decay) for (rate, decay), params in groups.items()]
+def pick_languages(args, config):
+    """-> (name of the group, its languages), from --languages, --group or the configuration."""
+    if args.languages:
+        languages = [code.strip() for code in args.languages.split(",")]
+        group = "+".join(languages) if len(languages) < 4 else f"{len(languages)}-languages"
+    else:
+        group = args.group or config["sources"]
+        if group not in config["groups"]:
+            raise ValueError(f"no group {group!r} in {args.sources}{nearest(group, config['groups'])}")
+        languages = resolve_group(config, group)
+    if not languages or len(set(languages)) != len(languages):
+        raise ValueError(f"languages {', '.join(languages)}: at least one, and each once")
+    if not is_folder_name(group):
+        raise ValueError(f"group {group!r}: its name becomes part of a folder's name: letters, digits, "
+                         f"_ + - . only")
+    return group, languages
 
 
-def plan(args):
-    """Read configuration, source run and data, and check what can be checked before anything is written
-    -> config, cfg (settings_for), source (a Run to adapt, or None), group, languages, corpus, data."""
-    config = load_config(args.sources, args.set)
-    for section in ("data", "backbone"):
-        config[section]["name"] = getattr(args, section) or config[section]["name"]
+def check_mode(args, mode, source, ratio):
+    """Raise ValueError for options that do not go together."""
+    if not mode:
+        raise ValueError(f"--mode is missing: {', '.join(xpe.KINDS)}")
+    if source and source.meta["kind"] == "full":
+        raise ValueError(f"--adapt {args.adapt}: a full run has no prompt that could be adapted")
+    if source and source.meta["kind"] != mode:
+        raise ValueError(f"--adapt {args.adapt}: it is a {source.meta['kind']} run and cannot be "
+                         f"adapted as {mode}")
+    if source and not args.group and not args.languages:
+        raise ValueError("--adapt needs its target languages: --group NAME or --languages CODES")
+    if args.ratio is not None and (mode != "dual" or source):
+        raise ValueError(f"--ratio {args.ratio}: goes with --mode dual, and not with --adapt")
+    if mode == "dual" and not 0 < ratio < 1:
+        raise ValueError(f"--ratio {ratio}: DUAL needs a share between 0 and 1 (prompt.ratio)")
+
+
+def read_job(args):
+    """Read configuration, source run and data -> Job, all of it checked before anything is written."""
+    config = read_config(args.sources, args.set)
+    config["data"]["name"] = args.data or config["data"]["name"]
+    config["backbone"]["name"] = args.backbone or config["backbone"]["name"]
     if args.ratio is not None:
         config["prompt"]["ratio"] = args.ratio
-    ratio, source = config["prompt"]["ratio"], Run(args.adapt) if args.adapt else None
-    xpe.check("data.", {"max_length": config["data"]["max_length"]})
+    source = Run(args.adapt) if args.adapt else None
+    mode = args.mode
     if source:
-        source.config = config      # it is scored on the data, and with the backbone, of its adaptations
-    mode = args.mode or (source and source.meta["kind"])
-    for wrong, message in (
-            (not mode, f"--mode is missing: {', '.join(xpe.KINDS)}"),
-            (source and (source.meta["kind"] != mode or mode == "full"),
-             f"--adapt {args.adapt}: a {source and source.meta['kind']} run cannot be adapted as {mode}"),
-            (args.ratio is not None and (mode != "dual" or source),
-             f"--ratio {args.ratio}: goes with --mode dual, and not with --adapt"),
-            (mode == "dual" and not 0 < ratio < 1,
-             f"--ratio {ratio}: a share between 0 and 1 (prompt.ratio)"),
-            (source and not args.group and not args.languages,
-             "--adapt needs its target languages: --group NAME or --languages CODES")):
-        if wrong:
-            raise ValueError(message)
-    group = args.group or config["sources"]
-    if args.languages:
-        languages = args.languages.split(",")
-        group = "+".join(languages) if len(languages) < 4 else f"{len(languages)}-languages"
-    elif group not in config["groups"]:
-        raise ValueError(f"no group {group!r} in {args.sources}{nearest(group, config['groups'])}")
-    else:
-        languages = resolve_group(config, group)
-    if not re.fullmatch(r"[\w+-][\w.+-]*", group):
-        raise ValueError(f"group {group!r}: its name becomes a folder's: letters, digits, _ + - . only")
+        source.config = config      # it is scored on the data, and with the backbone, of this command
+        mode = mode or source.meta["kind"]
+    check_mode(args, mode, source, config["prompt"]["ratio"])
+    group, languages = pick_languages(args, config)
     cfg = settings_for(config, mode, source, args.steps)
+    xpe.check_size("data.max_length", config["data"]["max_length"], smallest=2, largest=1 << 20)
+
     folder, revision = locate(config["data"]["name"], config["data"]["revision"])
     corpus = Corpus(folder)
     corpus.check(languages)
-    if len(set(languages)) != len(languages) or not languages:
-        raise ValueError(f"languages {', '.join(languages)}: at least one, and each once")
     if source and list(corpus.labels) != source.meta["labels"]:
         raise ValueError(f"{folder}: has the labels {', '.join(corpus.labels)}; {args.adapt} knows "
                          f"{', '.join(source.meta['labels'])}")
-    if config["evaluate"]["after_training"]:        # what is wrong with these files is not told afterwards
-        try:
-            for language in languages if source else corpus.languages():
-                corpus.read(language, "test")
-        except FileNotFoundError as e:
-            raise FileNotFoundError(f"{e}; without scoring: --set evaluate.after_training=false") from None
-    return SimpleNamespace(config=config, cfg=cfg, source=source, group=group, languages=languages,
-                           corpus=corpus, data={"name": config["data"]["name"], "revision": revision})
+    if config["evaluate"]["after_training"]:
+        check_test_split(corpus, languages if source else corpus.languages())
 
-
-def make_learners(job, args, tokenizer, identity):
-    """One learner for each seed; with a source run, one for each seed and target language."""
-    cfg, source, prompt, full = job.cfg, job.source, job.config["prompt"], job.cfg["mode"] == "full"
-    given = source.meta if source else {"reads": "first" if full else prompt["reads"],
-                                        "max_length": job.config["data"]["max_length"]}
-    read = {key: given[key] for key in ("reads", "max_length")}
-    settings = cfg | {"backbone": identity["fingerprint"]} | read
+    reads, max_length = config["prompt"]["reads"], config["data"]["max_length"]
+    if mode == "full":
+        reads = "first"             # there is no prompt: position 0 is <s>
     if source:
-        settings["source"] = source.name
-        parts = [([x], f"{source.name}-to-{x}", {"sources": source.sources, "adapted_from": source.name,
-                                                 "adapted_to": x}) for x in job.languages]
-    else:
-        settings |= {} if full else {f"prompt.{key}": value for key, value in prompt.items()}
-        parts = [(job.languages, f"{method_name(cfg['mode'], prompt)}-{job.group}",
-                  {"sources": job.languages})]
-    versions = {"python": platform.python_version(), "torch": torch.__version__,
-                "transformers": transformers.__version__}
-    tasks = [Task(job.corpus, languages, tokenizer, read["max_length"], cfg["class_weights"] == "balanced")
-             for languages, _, _ in parts]
+        reads, max_length = source.meta["reads"], source.meta["max_length"]
+    data = {"name": config["data"]["name"], "revision": revision}
+    return Job(config, cfg, mode, source, group, languages, corpus, data, reads, max_length)
+
+
+def check_test_split(corpus, languages):
+    """Read what will be scored: what is wrong with it is not to be told after hours of training."""
+    for language in languages:
+        try:
+            corpus.read(language, "test")
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error}; without scoring: --set evaluate.after_training=false"
+                                    ) from None
+
+
+def make_learners(job, seeds, out):
+    """One learner for each seed; with a source run, one for each seed and target language."""
     learners = []
-    for seed in parse_seeds(args.seeds or str(given.get("seed", 11))):
-        for task, (_, name, sources) in zip(tasks, parts):
-            meta = {"kind": cfg["mode"], "backbone": identity, "tokenizer": tokenizer_fingerprint(tokenizer),
-                    "labels": list(job.corpus.labels), **read, **sources, "seed": seed,
-                    "data": job.data | {"fingerprint": task.fingerprint},
-                    "training": {"settings": settings | {"data": task.fingerprint}, "versions": versions}}
-            learners.append(Learner(Path(args.out) / f"{name}-s{seed}", seed, task, meta))
+    for seed in seeds:
+        if not job.source:
+            name = f"{method_name(job.mode, job.config['prompt'])}-{job.group}-s{seed}"
+            meta = {"sources": job.languages, "seed": seed}
+            learners.append(Learner(Path(out) / name, seed, job.languages, meta))
+            continue
+        for language in job.languages:
+            name = f"{job.source.name}-to-{language}-s{seed}"
+            meta = {"sources": job.source.sources, "seed": seed,
+                    "adapted_from": job.source.name, "adapted_to": language}
+            learners.append(Learner(Path(out) / name, seed, [language], meta))
     return learners
 
 
-def make_model(job, learners, backbone):
-    """K prompts and heads around the backbone, each started from its own seed (or from the source run)."""
-    full, source, prompts, heads = job.cfg["mode"] == "full", job.source, [], []
-    h_in, h_out = xpe.widths(backbone)
-    sizes = {k: v for k, v in job.config["prompt"].items() if k != "reads"}
-    sizes["ratio"] = {"xpe": 1.0, "dual": sizes["ratio"]}.get(job.cfg["mode"], 0.0)
-    drop = [getattr(backbone.config, x, None) for x in ("classifier_dropout", "hidden_dropout_prob")]
-    drop = next((x for x in drop if x is not None), 0.1)            # as XLM-R's own head takes it
+def describe_learners(learners, job, tokenizer, identity):
+    """Read and tokenize the learners' data, and fill in what prompt.json is to say of them."""
+    settings = dict(job.cfg, backbone=identity["fingerprint"], reads=job.reads,
+                    max_length=job.max_length)
+    if job.source:
+        settings["source"] = job.source.name
+    elif job.mode != "full":
+        settings.update({f"prompt.{key}": value for key, value in job.config["prompt"].items()})
+    versions = {"python": platform.python_version(), "torch": torch.__version__,
+                "transformers": transformers.__version__}
+    tasks = {}
     for learner in learners:
-        torch.manual_seed(learner.seed)
-        if source:
-            sizes = source.prompt.config | {"dropout": job.cfg["prompt_dropout"]}
-            prompts.append(xpe.put(xpe.SoftPrompt(**sizes), xpe.take(source.prompt, 0)))
-            heads.append(xpe.put(xpe.ClassificationHead(**source.head.config), xpe.take(source.head, 0)))
-        else:
-            prompts.append(None if full else xpe.SoftPrompt(h_in, **sizes))
-            heads.append(xpe.ClassificationHead(h_out, len(learner.meta["labels"]), float(drop)))
-        learner.meta |= {"prompt": None if full else prompts[-1].config, "head": heads[-1].config}
-    if full:        # the next pass starts from the same weights
-        backbone = copy.deepcopy(backbone)
-    model = xpe.PromptedClassifier(backbone, None if full else xpe.stack(prompts), xpe.stack(heads),
-                                   learners[0].meta["reads"], frozen=not full)
-    if job.cfg["mode"] == "head":       # the baseline: a random prompt that stays random
-        model.prompt.requires_grad_(False)
-    return model
+        key = tuple(learner.languages)
+        if key not in tasks:
+            tasks[key] = Task(job.corpus, learner.languages, tokenizer, job.max_length,
+                              job.cfg["class_weights"] == "balanced")
+        learner.task = tasks[key]
+        data_fingerprint = learner.task.fingerprint
+        learner.meta.update(
+            kind=job.mode, backbone=identity, tokenizer=tokenizer_fingerprint(tokenizer),
+            labels=list(job.corpus.labels), reads=job.reads, max_length=job.max_length,
+            data=dict(job.data, fingerprint=data_fingerprint),
+            training={"settings": dict(settings, data=data_fingerprint), "versions": versions})
 
 
-def run_pass(learners, job, backbone, tokenizer, device, quiet):
-    """Train some learners in one pass; False if the user interrupted it. ValueError if it cannot."""
-    cfg, pad_id, task = job.cfg, tokenizer.pad_token_id or 0, learners[0].task
-    have = [set(x.checkpoints()) - {0} for x in learners]
-    step = max(set.intersection(*have), default=0)      # 0: the start; again, if the first save was cut short
-    if not step and any(have) and (all(have) or not all(x.folder.exists() for x in learners)):
-        raise ValueError(f"{', '.join(x.folder.name for x in learners)}: stand at different steps: "
-                         f"--resume them apart")
-    model = make_model(job, learners, backbone)
+@dataclass
+class Pass:
+    """Learners that go through the backbone side by side, and the checkpoint they go on from."""
+    learners: list
+    checkpoint: dict = None
+    path: Path = None       # of the checkpoint
+
+
+def plan_passes(learners, size):
+    """Learners that are not over -> list of Pass: as their checkpoints have them, the others anew."""
+    passes, fresh, placed = [], {}, set()
+    by_name = {learner.folder.name: learner for learner in learners}
+    for learner in learners:
+        if learner.folder.name in placed or learner.is_over():
+            continue
+        path = checkpoint_path(learner.folder)
+        if path.is_file():
+            checkpoint = read_checkpoint(path)
+            names = list(checkpoint["learners"])
+            lacking = [name for name in names if name not in by_name]
+            if lacking:
+                raise ValueError(f"{learner.folder.name} is trained together with "
+                                 f"{', '.join(lacking)}: --resume them in one command")
+            if learner.folder.name in names:
+                passes.append(Pass([by_name[name] for name in names], checkpoint, path))
+                placed.update(names)
+                continue
+        # the learners of a pass have equally many sentences: then their batches are of one size
+        fresh.setdefault(len(learner.task.lengths), []).append(learner)
+    for alike in fresh.values():
+        for i in range(0, len(alike), size):
+            passes.append(Pass(alike[i:i + size]))
+    return passes
+
+
+def run_pass(work, job, backbone, tokenizer, device, resume, quiet):
+    """Train the learners of a Pass; False if a signal interrupted it. ValueError if it cannot be done."""
+    learners, cfg, pad_id = work.learners, job.cfg, tokenizer.pad_token_id or 0
+    if job.mode == "full":
+        backbone = copy.deepcopy(backbone)      # the next pass starts from the same weights
+    for learner in learners:
+        learner.build(job, backbone)
+    if job.reads == "prompt" or job.mode == "full":
+        model = join_learners(learners, shorten(backbone), job.reads)
+    else:
+        model = join_learners(learners, backbone, job.reads)
     autocast = place(model, device, cfg["amp"], cfg["frozen_weights"])
-    texts = [ids for x in learners for split in x.task.ids.values() for ids in split]
-    ends = [min(texts, key=len), max(texts, key=len)]       # this also refuses texts that are too long
-    if torch.equal(*predict(model, ends, pad_id, autocast=autocast)) and len(ends[0]) < len(ends[1]):
-        raise ValueError("the head sees nothing of the text: a decoder needs --set prompt.reads=last")
-    count = sum(p.numel() for p in model.parameters() if p.requires_grad) // len(learners)
+    check_head_sees_text(learners, model, pad_id, autocast)
+
+    steps, _, _ = count_steps(cfg, len(learners[0].task.lengths))
     for learner in learners:
-        learner.meta["training"]["trainable"] = count
-        if not step:
-            learner.folder.mkdir(parents=True, exist_ok=True)
-            learner.clear()
-            learner.log.unlink(missing_ok=True)
-            text = yaml.safe_dump(job.config, sort_keys=False, allow_unicode=True, width=110)
-            xpe.write_atomic(learner.folder / "config.yaml", text.encode())
-    print(f"{cfg['mode']}: {len(learners)} x {count:,} trainable numbers; {len(task.lengths):,} sentences of "
-          f"{job.group}; {device.type}, {cfg['amp']}", flush=True)
-    return train(learners, model, autocast, cfg, pad_id, device, step, quiet)
+        learner.claim_folder(resume)
+        learner.prepare(cfg, steps, device)
+    start = 0
+    if work.checkpoint:
+        start = restore_checkpoint(learners, work.checkpoint, work.path)
+    else:
+        start_folders(learners, job)
+        torch.manual_seed(learners[0].seed)     # of all dropout
+    count = learners[0].meta["training"]["trainable"]
+    print(f"{job.mode}: {len(learners)} x {count:,} trainable numbers; "
+          f"{len(learners[0].task.lengths):,} sentences of {job.group}; {device.type}, "
+          f"{describe_precision(cfg['amp'])}", flush=True)
+    finished = True
+    learners = finish_stopped(learners)         # a crash may have come between checkpoint and result
+    if learners:
+        model = join_learners(learners, model.backbone, job.reads)
+        finished = train(learners, model, autocast, cfg, pad_id, device, start, quiet)
+    for learner in work.learners:
+        learner.log.close()
+    clear_pass(work.learners)
+    return finished
+
+
+def clear_pass(learners):
+    """Delete the files that only a pass in progress needs, once all of its learners are over."""
+    if all(learner.is_over() for learner in learners):
+        for learner in learners:
+            for name in ("pass.json", "checkpoint.pt"):
+                (learner.folder / name).unlink(missing_ok=True)
+
+
+def describe_precision(amp):
+    """The word for a precision in what is printed."""
+    return "float32" if amp == "off" else amp
+
+
+def check_head_sees_text(learners, model, pad_id, autocast):
+    """Raise ValueError if all texts get one answer: a decoder's position 0 never sees what follows.
+    This also refuses texts that are too long for the backbone."""
+    texts = [ids for learner in learners for ids in learner.task.ids["train"] + learner.task.ids["dev"]]
+    ends = [min(texts, key=len), max(texts, key=len)]
+    logits = predict(model, ends, pad_id, autocast=autocast)
+    if len(ends[0]) < len(ends[1]) and torch.equal(logits[0], logits[1]):
+        raise ValueError("the head sees nothing of the text: a decoder needs --set prompt.reads=last")
+
+
+def start_folders(learners, job):
+    """Write into each new run folder what will be trained, and with whom."""
+    text = yaml.safe_dump(job.config, sort_keys=False, allow_unicode=True, width=100)
+    names = [learner.folder.name for learner in learners]
+    for learner in learners:
+        (learner.folder / "checkpoint.pt").unlink(missing_ok=True)      # of a pass that is no more
+        learner.cut_log(0)
+        xpe.write_atomically(learner.folder / "config.yaml", text.encode())
+        together = json.dumps({"learners": names}).encode() + b"\n"
+        xpe.write_atomically(learner.folder / "pass.json", together)
+
+
+def train_passes(passes, job, backbone, tokenizer, device, args, quiet):
+    """Train pass after pass; False if a signal interrupted one: then says how to go on."""
+    for work in passes:
+        try:
+            finished = run_pass(work, job, backbone, tokenizer, device, args.resume, quiet)
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+                raise
+            raise ValueError(f"out of memory with {len(work.learners)} learners of "
+                             f"{job.cfg['batch_size']} sentences: lower train.learners_at_once, "
+                             f"train.batch_size or evaluate.tokens") from None
+        if not finished:
+            command = ["python"]
+            if "LOCAL_WORLD_SIZE" in os.environ:
+                command = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"]
+            if not args.resume:
+                command = [*command, *sys.argv, "--resume"]
+            else:
+                command = [*command, *sys.argv]
+            print(f"interrupted; go on with: {shlex.join(command)}")
+            return False
+    return True
+
+
+def check_folders(learners, resume):
+    """Say what is over already. Raises FileExistsError for a folder that would be written over."""
+    for learner in learners:
+        if learner.folder.exists() and not resume:
+            raise already_there(learner.folder)
+        diverged = learner.folder / DIVERGED
+        if learner.saved_training() is not None:
+            print(f"{learner.folder}: finished already")
+        elif diverged.is_file():
+            print(f"{learner.folder}: {diverged.read_text().strip()}; remove the folder to try again")
 
 
 def main(argv=None):
-    """Plan, train pass by pass, score -> exit status."""
-    parser = argparse.ArgumentParser(description="Train soft prompts, the backbone frozen.")
-    parser.add_argument("--mode", choices=xpe.KINDS, help="spt, xpe, dual, or the baselines head and full")
-    parser.add_argument("--ratio", type=float, help="with --mode dual: share of encoded rows")
-    parser.add_argument("--sources", required=True, metavar="FILE", help="settings; name the source group")
-    parser.add_argument("--group", help="another group of that file")
-    parser.add_argument("--languages", help="these languages instead, separated by commas")
-    parser.add_argument("--seeds", help="11, 11-20 or 11,15 (default: 11)")
-    parser.add_argument("--data", help="folder <language>/{train,dev,test}.tsv, or a dataset on the hub")
-    parser.add_argument("--backbone", help="folder, or a model on the hub")
-    parser.add_argument("--steps", type=int, help="optimizer steps at most")
-    parser.add_argument("--adapt", metavar="RUN", help="adapt this run to each language of the group")
-    parser.add_argument("--out", default="runs", help="where the run folders go (default: runs)")
-    parser.add_argument("--resume", action="store_true", help="go on with runs that were interrupted")
-    parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help="any setting")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: auto)")
-    args = parser.parse_args(argv)
-    rank, local, world = (int(os.environ.get(x) or 0) for x in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    job = plan(args)
-    cfg, source, b = job.cfg, job.source, job.config["backbone"]
-    backbone, tokenizer, identity = load_backbone(b["name"], b["revision"], b["attention"],
-                                                  b["trust_remote_code"])
-    if source and source.meta["backbone"].get("fingerprint") not in (None, identity["fingerprint"]):
-        raise ValueError(f"--adapt {args.adapt}: was trained on another backbone than {b['name']}")
-    # torchrun: each process trains its share, none needs the others
-    learners = make_learners(job, args, tokenizer, identity)[rank::world or 1]
-    for learner in learners:
-        if learner.folder.exists() and not args.resume:
-            raise FileExistsError(f"{learner.folder} exists: --resume goes on, --out starts elsewhere")
-        if learner.finished:
-            learner.check(learner.finished.get("settings"), learner.folder / "prompt.json")
+    """Read the job, train pass by pass, score -> exit status."""
+    args = parse_arguments(argv)
+    rank, local_rank, world_size = read_torchrun()
+    job = read_job(args)
+    default_seed = job.source.meta.get("seed", 11) if job.source else 11
+    seeds = parse_seeds(args.seeds or str(default_seed))
     on_gpu = args.device in ("auto", "cuda") and torch.cuda.is_available()
-    device = pick_device(f"cuda:{local}" if on_gpu else args.device)
-    size = 1 if cfg["mode"] == "full" else cfg["learners_at_once"]
-    alike = {}      # a pass has equal blocks of rows, so its learners have equally many sentences
+    device = pick_device(f"cuda:{local_rank}" if on_gpu else args.device)
+    job.cfg["amp"] = pick_precision(job.cfg["amp"], device)
+    # torchrun: each process trains its share, and none needs the others
+    learners = make_learners(job, seeds, args.out)[rank::world_size]
+    check_folders(learners, args.resume)
+
+    settings = job.config["backbone"]
+    attention = pick_attention(settings["attention"], device, job.cfg["amp"])
+    backbone, tokenizer, identity = load_backbone(settings["name"], settings["revision"], attention,
+                                                  settings["trust_remote_code"])
+    check_backbone(backbone, tokenizer, identity, job.reads)
+    if job.source and job.source.meta["backbone"].get("fingerprint") != identity["fingerprint"]:
+        raise ValueError(f"--adapt {args.adapt}: was trained on another backbone than "
+                         f"{settings['name']}")
+    describe_learners(learners, job, tokenizer, identity)
     for learner in learners:
-        alike.setdefault(len(learner.task.lengths), []).append(learner)
-    for some in (some[i:i + size] for some in alike.values() for i in range(0, len(some), size)):
-        todo = [x for x in some if not x.ended()]
-        try:
-            if todo and not run_pass(todo, job, backbone, tokenizer, device, quiet=rank > 0):
-                by = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE')}" if world else "python"
-                more = [] if args.resume else ["--resume"]
-                print(f"interrupted; go on with: {by} {shlex.join(sys.argv + more)}")
-                return 130
-        except RuntimeError as e:
-            if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
-                raise
-            raise ValueError(f"out of memory with {len(todo)} learners of {cfg['batch_size']} sentences: "
-                             f"lower train.learners_at_once, train.batch_size or evaluate.tokens") from None
-    good = [x for x in learners if x.finished]
-    unscored = [x.folder for x in good if not (x.folder / "test.json").is_file()]
+        training = learner.saved_training()
+        if training is not None:
+            learner.check_settings(training.get("settings"), learner.folder / "prompt.json")
+    size = 1 if job.mode == "full" else job.cfg["learners_at_once"]
+    passes = plan_passes(learners, size)
+    clear_pass(learners)        # a crash may have come before
+    if not train_passes(passes, job, backbone, tokenizer, device, args, quiet=rank > 0):
+        return 130
+    del backbone
+    return report_results(learners, job, device, args, first=rank == 0)
+
+
+def report_results(learners, job, device, args, first):
+    """Score what was trained and say what to do next -> exit status: 2 if a learner diverged."""
+    trained = [learner for learner in learners if learner.saved_training() is not None]
+    unscored = [learner.folder for learner in trained
+                if not (learner.folder / "test.json").is_file()]
     if job.config["evaluate"]["after_training"] and unscored:
-        runs = [Run(folder, args.backbone, args.data, b["trust_remote_code"]) for folder in unscored]
-        before = score([source], "test", [job.languages], device)[source.name][0] if source else ()
-        before = {row["language"]: row["accuracy"] for row in before}
-        for run, (row, *_) in zip(runs, report_scores(runs, "test", None, device, show=not source)):
-            if source:
-                print(f"{run.name}: zero-shot {before[row['language']]:.1f} %, "
-                      f"adapted {row['accuracy']:.1f} % on {row['language']}")
-    if good and rank == 0:
-        print(f"next:\n  python evaluate.py {good[0].folder} --text \"Your sentence\"\n"
-              f"  python evaluate.py {args.out}/* --report")
-    diverged = [x for x in good if str(x.finished.get("stopped")).startswith("diverged")]
-    return 0 if len(good) == len(learners) and not diverged else 2
+        score_trained(unscored, job, device, args)
+    if trained and first:
+        print(f"next:\n  python evaluate.py {shlex.quote(str(trained[0].folder))} "
+              f"--text \"Your sentence\"\n  python report.py {shlex.quote(args.out)}/*")
+    diverged = [learner for learner in trained
+                if str(learner.saved_training().get("stopped")).startswith("diverged")]
+    return 0 if len(trained) == len(learners) and not diverged else 2
 
 
 if __name__ == "__main__":
