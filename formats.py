@@ -99,8 +99,8 @@ def meta_of_the_authors(config, tensors):
             "width": config.get("token_dim") or width,
             "length": config.get("num_virtual_tokens"),
             "ratio": ratio,
-            "encoder": ENCODERS_OF_THE_AUTHORS.get(encoder, encoder),
-            "hidden": config.get("encoder_hidden_size"),
+            "encoder": ENCODERS_OF_THE_AUTHORS.get(str(encoder), encoder),
+            "hidden": config.get("encoder_hidden_size") or 0,
             "layers": config.get("encoder_num_layers") or 2,
             "dropout": config.get("encoder_dropout") or 0.0,
             "heads": config.get("encoder_num_heads") or 8,
@@ -180,15 +180,16 @@ def read_format_1(folder):
 def export_peft(folder, prompt, head, meta):
     """Write a new folder that *stock* peft loads as prompt tuning, with head and label names:
 
-        import json
-        from peft import AutoPeftModelForSequenceClassification
-        labels = json.load(open("FOLDER/labels.json"))      # id2label and label2id
-        model = AutoPeftModelForSequenceClassification.from_pretrained("FOLDER", **labels)
+        from peft import AutoPeftModelForSequenceClassification as AutoPeft
+        labels = dict(enumerate(json.load(open("FOLDER/labels.json"))))
+        model = AutoPeft.from_pretrained("FOLDER", id2label=labels, dtype=torch.float32).eval()
         logits = model(**tokenizer(texts, padding=True, return_tensors="pt")).logits
+        names = [model.config.id2label[number] for number in logits.argmax(dim=1).tolist()]
 
-    peft has no place for label names, and transformers takes them from the backbone: so they are in
-    a file of their own. Raises ValueError for a head that does not read the first prompt row, or a
-    backbone whose own head is not RoBERTa's; FileExistsError for a folder that is not empty.
+    peft has no place for label names, and transformers takes them from the backbone's config: so
+    labels.json, a list in the order of the logits, is a file of its own. Raises ValueError for a
+    head that does not read the first prompt row, or a backbone whose own head is not RoBERTa's;
+    FileExistsError for a folder that is not empty.
     """
     from safetensors.torch import save
     if prompt is None or meta["reads"] != "prompt":
@@ -220,11 +221,8 @@ def export_peft(folder, prompt, head, meta):
         "modules_to_save": ["classifier"],
         "inference_mode": True,
     }
-    id2label = dict(enumerate(meta["labels"]))
-    label2id = {label: number for number, label in id2label.items()}
-    labels = {"id2label": id2label, "label2id": label2id}
     xpe.write_atomically(folder / "adapter_model.safetensors", save(tensors, {"format": "pt"}))
-    xpe.write_atomically(folder / "labels.json", json_bytes(labels))
+    xpe.write_atomically(folder / "labels.json", json_bytes(meta["labels"]))
     xpe.write_atomically(folder / "adapter_config.json", json_bytes(config))
 
 
