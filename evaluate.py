@@ -1,15 +1,21 @@
-"""Score prompts on every language: predictions, accuracy and macro-F1, means over the paper's target groups.
+"""Score prompts on every language: predictions, accuracy, macro-F1, means over target groups.
 
-The paper's zero-shot evaluation. Runs of one backbone are scored in one pass, for each is, at inference, a
-matrix of prompt rows and a head. A RUN is a folder that train.py left, a folder of the authors' release, or
-its name on the hub (name@branch).
+The paper's zero-shot evaluation: a prompt that was trained on the sources answers for all other
+languages, and the figure of a target group is the mean over its languages. A RUN is a folder that
+train.py left, a folder of the authors' release, or its name on the hub (name@branch). Runs of one
+backbone are scored in one pass: at inference, each is a matrix of prompt rows and a head.
 
-    python evaluate.py runs/xpe-joshi5-s11                # all languages: table, test.csv, .json, predictions
+    python evaluate.py runs/xpe-joshi5-s11      # a table; test.csv, .json and _predictions.csv
     python evaluate.py runs/xpe-joshi5-s11 --text "The match was decided in the last minute."
-    python evaluate.py runs/* --report                    # methods x groups, mean and std over seeds
-    python evaluate.py RUN --export peft DIR              # a folder that stock peft loads
+    python evaluate.py RUN --export peft DIR    # a folder that stock peft loads
 
-Read downwards: configuration, backbone, predictions and scores, runs, the command line.
+and from Python:
+
+    import evaluate
+    classifier = evaluate.load("runs/xpe-joshi5-s11")
+    labels, probabilities = classifier(["The match was decided in the last minute."])
+
+Read downwards: predictions, metrics, runs, classifier, scoring, files and tables, the command.
 """
 import argparse
 import csv
@@ -18,240 +24,73 @@ import io
 import json
 import os
 import re
+import shlex
 import sys
+import tempfile
 import time
 from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from tqdm import tqdm
 
 import xpe
-from data import (LABELS, Corpus, collate, download, encode, fingerprint, locate, nearest, run_main,
-                  token_batches)
+from backbone import (check_backbone, load_backbone, pick_attention, pick_device, pick_precision,
+                      place, tokenizer_fingerprint)
+from config import dump_config, read_config, resolve_group, warn
+from data import (LABELS, SPLITS, Corpus, collate, download, encode, fingerprint, locate, nearest,
+                  run_main, token_batches)
 
 # On a CPU oneDNN would keep its code for 1,024 shapes: 3.0 GB after 205 languages instead of 1.4
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
-HERE = Path(__file__).resolve().parent
-DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-CHOICES = {"optimizer": ("adafactor", "adamw"), "schedule": ("cosine", "linear"), "amp": tuple(DTYPES),
-           "frozen_weights": ("amp", "float32"), "class_weights": ("none", "balanced"),
-           "encoder": xpe.ENCODERS, "reads": xpe.READS, "attention": ("sdpa", "eager")}
 
-
-def read_yaml(path):
-    """A mapping from a YAML file, read safely; ValueError with the path for anything else."""
-    try:
-        if os.path.getsize(path) > 1 << 18:
-            raise ValueError("larger than 256 kB")
-        text, depth = Path(path).read_text("utf-8"), 0
-        for event in yaml.parse(text, yaml.SafeLoader):
-            depth += isinstance(event, yaml.CollectionStartEvent)
-            depth -= isinstance(event, yaml.CollectionEndEvent)
-            if depth > 20 or isinstance(event, yaml.AliasEvent):    # PyYAML takes minutes for 100 kB of [
-                raise ValueError("aliases (*name) are not read, nor more than 20 nested levels")
-        value = yaml.safe_load(text)
-        if not isinstance(value, dict):
-            raise ValueError("holds no mapping of settings")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such configuration file") from None
-    except Exception as e:      # PyYAML's own, and Python's for a malformed !!int, !!timestamp and the like
-        raise ValueError(f"{path}: not readable as YAML: {e}") from None
-    return value
-
-
-def _merge(base, new, schema, path=""):
-    """Lay `new` over `base`; keys and types are those of `schema`."""
-    for key, value in new.items():
-        name = f"{path}{key}"
-        if path in ("groups.", "targets."):         # the user's own keys
-            entries = value if isinstance(value, list) else [value]
-            if not isinstance(key, str) or not all(isinstance(e, str) for e in entries):
-                raise ValueError(f"{name} must be a list of language codes and group names")
-            base[key] = value
-        elif key not in schema:
-            raise ValueError(f"unknown setting {name!r}{nearest(str(key), map(str, schema))}")
-        elif isinstance(schema[key], dict):
-            if not isinstance(value, dict):
-                raise ValueError(f"{name} is a section, not the value {value!r}")
-            _merge(base[key], value, schema[key], f"{name}.")
-        else:
-            base[key] = _typed(value, schema[key], name)
-
-
-def _typed(value, default, name):
-    """`value` if it has the type of `default` (an integer may stand for a float) and is in range."""
-    if value is False and type(default) is str:     # YAML takes a bare `off` for false
-        value = "off"
-    if type(default) is float and type(value) is int and abs(value) < 1 << 53:
-        value = float(value)
-    if type(value) is not type(default):
-        number = re.fullmatch(r"(\d{1,9}(?:\.\d{0,9})?)[eE]([+-]?\d{1,2})", str(value))
-        hint = f"; YAML takes it for text, write {float(number[1])}e{int(number[2]):+d}" \
-            if number and type(default) is float else ""
-        raise ValueError(f"{name} must be {type(default).__name__}, not {value!r}{hint}")
-    allowed = CHOICES.get(name.rpartition(".")[2])
-    if allowed and value not in allowed:
-        raise ValueError(f"{name} cannot be {value!r}, only {', '.join(allowed)}")
-    if isinstance(value, (int, float)) and not 0 <= value < 1e12:
-        raise ValueError(f"{name} cannot be {value}")
-    return value
-
-
-def load_config(path=None, settings=()):
-    """config.yaml of this folder, the file at `path` laid over it, then `section.key=value` settings -> dict.
-
-    Every key and type is checked against config.yaml; `adapt` and `full` may hold whatever `train` holds.
-    Raises ValueError that names the nearest valid key.
-    """
-    config = read_yaml(HERE / "config.yaml")
-    own = config["train"] | {"prompt_dropout": 0.0}
-    layers = [(path, read_yaml(path))] if path else []
-    for setting in settings:
-        try:
-            name, text = setting.split("=", 1)
-            value = yaml.safe_load(text)
-        except Exception:       # no "=", PyYAML's own, and Python's for a malformed !!int and the like
-            raise ValueError(f"--set {setting}: write section.key=value") from None
-        for part in reversed(name.strip().split(".")):
-            value = {part: value}
-        layers.append((f"--set {setting}", value))
-    for where, layer in layers:
-        if where == path and isinstance(layer.get("targets"), dict):    # a file that names some names all
-            config["targets"].clear()
-        try:
-            _merge(config, layer, {**config, "adapt": own, "full": own})
-        except ValueError as e:
-            raise ValueError(f"{where}: {e}") from None
-    return config
-
-
-def resolve_group(config, group, _inside=(), _known=None):
-    """A group's name, or a list of codes, groups and -exclusions -> language codes in order, each once."""
-    out, known = [], {} if _known is None else _known       # each once, else they could double
-    for name in [group] if isinstance(group, str) else group:
-        bare = name.removeprefix("-")
-        if bare in _inside or len(_inside) > 20:
-            raise ValueError(f"groups.{bare} contains itself, or is nested too deeply")
-        if bare in config["groups"] and bare not in known:
-            known[bare] = resolve_group(config, config["groups"][bare], (*_inside, bare), known)
-        codes = known.get(bare, [bare])
-        if name.startswith("-"):
-            out = [c for c in out if c not in codes]
-        else:
-            out += [c for c in codes if c not in out]
-    return out
-
-
-def load_backbone(name, revision="main", attention="sdpa", trust_remote_code=False):
-    """-> (backbone in float32 without its pooler, tokenizer, identity): from a folder or the hub.
-
-    identity: {name, revision (the commit, or "local"), type, fingerprint (of the weights)}. Raises
-    ValueError if weights are missing, OSError with one line if it cannot be had.
-    """
-    import transformers
-    transformers.logging.set_verbosity_error()      # it reports the unused language-model head at length
-    transformers.logging.disable_progress_bar()
-    folder = next((p for p in (Path(name).expanduser(), HERE / name) if p.is_dir()), None)
-    commit = "local"
-    if folder is None:
-        if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
-            raise FileNotFoundError(f"backbone.name: no folder {name!r}")
-        files = ["*.json", "*.txt", "*.model"] + ["*.py"] * trust_remote_code
-        folder = download(name, revision, "model", [*files, "*.safetensors"])
-        if not any(folder.glob("*.safetensors")):       # an older repository; read with weights_only
-            folder = download(name, revision, "model", [*files, "pytorch_model*.bin"])
-        commit = folder.name
-    where = dict(pretrained_model_name_or_path=str(folder.resolve()), trust_remote_code=trust_remote_code)
-    new = tuple(int(x) for x in transformers.__version__.split(".")[:2]) >= (4, 56)
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
-        # always say the type: transformers 5 takes that of the checkpoint, or of its config, otherwise
-        backbone, info = transformers.AutoModel.from_pretrained(
-            **where, attn_implementation=attention, output_loading_info=True,
-            **{"dtype" if new else "torch_dtype": torch.float32})
-    except Exception as e:      # transformers, safetensors and tokenizers raise their own
-        line = (str(e).strip() or "no answer").splitlines()[0][:160]
-        how = "its own code would run: read it, then say backbone.trust_remote_code=true" \
-            if "trust_remote_code" in str(e) else \
-            "it needs --set backbone.attention=eager" if "attention implementation" in str(e) else \
-            "check the folder"
-        raise OSError(f"cannot load backbone {name!r}: {type(e).__name__}: {line} ({how})") from None
-    missing = [k for k in info["missing_keys"] if "pooler" not in k]
-    if missing:
-        raise ValueError(f"backbone {name!r}: its weights lack {missing[0]} and {len(missing) - 1} more")
-    if hasattr(backbone, "pooler"):
-        backbone.pooler = None
-    digest = hashlib.sha256()
-    for key, p in backbone.named_parameters():
-        digest.update(f"{key} {tuple(p.shape)}".encode() + p.detach().flatten()[:64].numpy().tobytes())
-    return backbone, tokenizer, {"name": name, "revision": commit, "type": backbone.config.model_type,
-                                 "fingerprint": digest.hexdigest()[:16]}
-
-
-def tokenizer_fingerprint(tokenizer):
-    """A short hash of the ids of a few strings: tokenizers have changed silently between versions."""
-    probes = ["Hello, world! 12,345", "Привет, мир", "你好，世界", "مرحبا", "नमस्ते", "ქართული", "a\u00a0b \u200b"]
-    return hashlib.sha256(repr([tokenizer(p)["input_ids"] for p in probes]).encode()).hexdigest()[:16]
-
-
-def pick_device(name="auto"):
-    """A torch device; `auto` takes CUDA where there is one. Raises ValueError if it cannot be used."""
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-    try:
-        device = torch.empty(1, device=name).device
-    except (RuntimeError, AssertionError) as e:
-        raise ValueError(f"--device {name}: {str(e).splitlines()[0]}") from None
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
-
-
-def place(model, device, amp, frozen_weights="amp"):
-    """Put a classifier on its device -> a function that gives the autocast context to run it in.
-
-    amp bf16 or fp16, frozen_weights `amp`: the frozen backbone itself is of that type, and nothing is cast at
-    each step; prompts and heads stay float32. With `float32`, and for a trainable backbone: torch's autocast.
-    """
-    model.to(device)
-    pure = frozen_weights == "amp" and not any(p.requires_grad for p in model.backbone.parameters())
-    model.backbone.to(DTYPES[amp] if pure else torch.float32)
-    return nullcontext if pure or amp == "off" else lambda: torch.autocast(device.type, DTYPES[amp])
-
+# ---- Predictions ----
 
 @torch.no_grad()
 def predict(model, encoded, pad_id, owner=None, budget=16384, autocast=nullcontext, progress=False):
-    """Logits (n, C) in float32 on the CPU, in the order given, whatever order they were computed in.
+    """Logits (n, C), float32 on the CPU, in the order given, whatever order they are computed in.
 
-    encoded: n lists of token ids; owner: the prompt of each (default: all 0); budget: positions of one batch.
+    encoded: n lists of token ids. owner (n,): the prompt (0 ... K - 1) of each text, by default 0.
+    budget: positions of one batch, prompt rows and padding counted. The model is left in evaluation
+    mode.
     """
     model.eval()
-    device = model.head.out.weight.device
-    owner = torch.zeros(len(encoded), dtype=torch.long) if owner is None else owner
-    logits = torch.full((len(encoded), model.head.config["classes"]), float("nan"))
-    P = 0 if model.prompt is None else model.prompt.length
-    batches = token_batches([len(x) for x in encoded], budget, P)
-    for rows in tqdm(batches, unit=" batches", leave=False, disable=None if progress else True):
-        ids, mask = collate([encoded[i] for i in rows], pad_id)
+    head = model.heads[0]
+    device = head.out_proj.weight.device
+    if owner is None:
+        owner = torch.zeros(len(encoded), dtype=torch.long)
+    lengths = [len(ids) for ids in encoded]
+    batches = token_batches(lengths, budget, model.prompt_length)
+    hide_progress = None if progress else True          # None: hidden unless stderr is a terminal
+    logits = torch.full((len(encoded), head.config["classes"]), float("nan"))
+    for indices in tqdm(batches, unit=" batches", leave=False, disable=hide_progress):
+        input_ids, mask = collate([encoded[i] for i in indices], pad_id)
         with autocast():
-            logits[rows] = model(ids.to(device), mask.to(device), owner[rows]).float().cpu()
+            answer = model(input_ids.to(device), mask.to(device), owner[indices])   # (B, C)
+        logits[indices] = answer.float().cpu()
     return logits
 
 
+# ---- Metrics, all in percent ----
+
 def accuracy(labels, predicted):
-    """Percent correct."""
+    """Percent of the predictions that equal their label."""
     return 100.0 * float(np.mean(np.asarray(labels) == np.asarray(predicted)))
 
 
 def macro_f1(labels, predicted):
-    """Percent: the mean of F1 over the classes that occur as label or prediction (scikit-learn's `macro`)."""
-    labels, predicted = np.asarray(labels), np.asarray(predicted)
-    return 100.0 * float(np.mean([
-        2 * np.sum((labels == c) & (predicted == c)) / (np.sum(labels == c) + np.sum(predicted == c))
-        for c in np.union1d(labels, predicted)]))
+    """Percent: the mean of F1 over the classes that occur as label or as prediction
+    (scikit-learn's `macro`)."""
+    labels = np.asarray(labels)
+    predicted = np.asarray(predicted)
+    scores = []
+    for label in np.union1d(labels, predicted):
+        hits = np.sum((labels == label) & (predicted == label))
+        occurrences = np.sum(labels == label) + np.sum(predicted == label)
+        scores.append(2 * hits / occurrences)
+    return 100.0 * float(np.mean(scores))
 
 
 def majority(labels):
@@ -260,280 +99,789 @@ def majority(labels):
 
 
 def group_means(scores, config, sources):
-    """language -> accuracy in, {title: (mean over languages, languages scored, languages in the group)} out.
+    """Means over groups of languages: scores {language: percent} -> {title: (mean or None,
+    languages scored, languages in the group)}.
 
-    The sources stand first, on their own; they are taken out of every target group: not zero-shot.
+    Each language counts alike, whatever its number of sentences. The sources are the first group
+    and are taken out of every target group: they are not zero-shot.
     """
     groups = {"Sources": sources}
-    for title, group in config["targets"].items():
-        groups[title] = [c for c in resolve_group(config, group) if c not in sources]
-    have = {title: [scores[c] for c in codes if c in scores] for title, codes in groups.items()}
-    return {t: (float(np.mean(have[t])) if have[t] else None, len(have[t]), len(groups[t])) for t in groups}
+    for title, names in config["targets"].items():
+        groups[title] = [code for code in resolve_group(config, names) if code not in sources]
+    means = {}
+    for title, codes in groups.items():
+        known = [scores[code] for code in codes if code in scores]
+        mean = float(np.mean(known)) if known else None
+        means[title] = (mean, len(known), len(codes))
+    return means
 
 
-def method_name(kind, prompt):
-    """The name of a method in tables and folders: xpe, dual30, xpe-lstm ..."""
-    name = f"dual{round(100 * prompt['ratio'])}" if kind == "dual" else kind
-    return f"{name}-{prompt['encoder']}" if kind in ("dual", "xpe") and prompt["encoder"] != "mlp" else name
+def method_name(kind, prompt_config):
+    """The name of a method in tables and folders: spt, xpe, dual30, xpe-lstm ..."""
+    name = kind
+    if kind == "dual":
+        name += str(round(100 * prompt_config["ratio"]))
+    if kind in ("dual", "xpe") and prompt_config["encoder"] != "mlp":
+        name += "-" + prompt_config["encoder"]
+    return name
+
+
+# ---- Runs: where a prompt is, and what its files say ----
+
+class NotARun(FileNotFoundError):
+    """A path that exists and holds no trained prompt. In `dir/*` there may be some."""
 
 
 class Run:
-    """A trained prompt with everything needed to use it. Raises as xpe.load_prompt and load_config do."""
+    """A trained prompt and all that is needed to use it.
+
+    where: a run folder or a name on the hub. backbone, data: a folder or hub name instead of the
+    run's own. trust: run the code that comes with the backbone. Raises NotARun or FileNotFoundError
+    for what is not there, ValueError for files that cannot be used.
+
+    .name, .folder; .prompt (or None), .head, .meta (see xpe.load_prompt); .config (see
+    config.yaml); .sources, codes of languages; .released: in the form of the authors' release;
+    .results: the folder for its scores; .changed: what of "backbone" and "data" is not its own.
+    """
 
     def __init__(self, where, backbone=None, data=None, trust=False):
-        folder, self.name = Path(where), Path(where).resolve().name
-        if not folder.is_dir():
-            name, _, revision = str(where).partition("@")
-            if not re.fullmatch(r"\w[\w-]*/[\w.-]+", name) or name.startswith("runs/"):
-                raise FileNotFoundError(f"{where}: no such run folder")
-            folder = download(name, revision or "main", "model", ["*.json", "*.safetensors", "config.yaml"])
-            self.name = str(where).replace("/", "--")
-        self.folder, saved = folder, folder / "config.yaml"
-        self.prompt, self.head, self.meta = xpe.load_prompt(folder)
-        self.config = load_config(saved if saved.is_file() else None)
-        self.released = not (folder / "prompt.json").is_file()          # by the paper's authors
-        if self.released:       # what their files do not say, the names of their repositories and branches do
-            if len(self.meta["labels"]) == len(LABELS):
-                self.meta["labels"] = list(LABELS)
-            seed, group = (re.search(x, self.name) for x in (r"seed-0*(\d+)", "-(seen|joshi5)"))
-            self.meta |= {"sources": resolve_group(self.config, group[1] if group else "joshi5"),
-                          "seed": int(seed[1]) if seed else 1}
-            if not group:
-                warn(f"{self.name}: its name says no source group, taken as joshi5")
-        # a released prompt and the hub's cache are not ours to write to
-        self.results = Path("runs") / self.name if self.released or not Path(where).is_dir() else folder
+        self.name, self.folder, from_hub = find_run(where)
+        self.prompt, self.head, self.meta = read_prompt(self.folder)
+        self.released = not (self.folder / "prompt.json").is_file()
+        self.config = self.read_own_config()
+        if self.released:
+            self.complete_release()
         self.sources = self.meta.get("sources")
-        if not isinstance(self.sources, list) or not all(isinstance(s, str) for s in self.sources):
-            raise ValueError(f"{folder / 'prompt.json'}: 'sources' must be a list of language codes")
-        self.config["backbone"]["trust_remote_code"] = trust    # ours to say, never the run's own file's
-        own = self.meta["training"].get("settings") or {}
+        is_list = isinstance(self.sources, list)
+        if not is_list or not all(isinstance(code, str) for code in self.sources):
+            path = self.folder / "prompt.json"
+            raise ValueError(f"{path}: 'sources' must be a list of language codes")
+        # a folder of the authors and the hub's cache are not ours to write to
+        self.results = self.folder
+        if self.released or from_hub:
+            self.results = Path("runs") / self.name
+        self.config["backbone"]["trust_remote_code"] = trust    # never the run's own file's to say
+        self.changed = []
+        self.choose("backbone", backbone)
+        self.choose("data", data)
+
+    def read_own_config(self):
+        """The configuration saved with the run; without one, the groups are config.yaml's."""
+        path = self.folder / "config.yaml"
+        if path.is_file():
+            return read_config(path)
+        if not self.released:
+            warn(f"{path} is missing: the target groups are those of the default config.yaml")
+        return read_config()
+
+    def complete_release(self):
+        """What the authors' files do not say, the names of their repositories and branches do."""
+        if len(self.meta["labels"]) == len(LABELS):
+            self.meta["labels"] = list(LABELS)
+        group = re.search("-(seen|joshi5)", self.name)
+        if not group:
+            warn(f"{self.name}: its name says no source group, so joshi5 is assumed")
+        self.meta["sources"] = resolve_group(self.config, group[1] if group else "joshi5")
+        seed = re.search(r"seed-0*(\d+)", self.name)
+        self.meta["seed"] = int(seed[1]) if seed else 1
+
+    def choose(self, section, given):
+        """Set name and revision of the run's backbone or data: what was given, or else its own."""
+        own = self.meta.get(section)
         if not isinstance(own, dict):
-            raise ValueError(f"{folder / 'prompt.json'}: 'settings' must be an object")
-        self.numerics = tuple(_typed(own.get(key, self.config["train"][key]), "", f"{folder}: train.{key}")
-                              for key in ("amp", "frozen_weights"))
-        met = self.meta.get("data") if isinstance(self.meta.get("data"), dict) else {}
-        for section, name, then in ("backbone", backbone, self.meta["backbone"]), ("data", data, met):
-            self.config[section] |= {"name": name, "revision": "main"} if name else {
-                k: "main" if (k, v) == ("revision", "local") else v
-                for k, v in then.items() if k in ("name", "revision") and isinstance(v, str)}
+            own = {}
+        if given and not same_place(given, own.get("name")):
+            self.changed.append(section)
+        if given:
+            self.config[section]["name"] = given
+            self.config[section]["revision"] = "main"
+            return
+        for key in ("name", "revision"):
+            if isinstance(own.get(key), str):
+                self.config[section][key] = own[key]
+        if self.config[section]["revision"] == "local":         # what a folder has instead of one
+            self.config[section]["revision"] = "main"
+
+    def prompt_fingerprint(self):
+        """A short hash of the trained tensors."""
+        digest = hashlib.sha256()
+        for module in (self.prompt, self.head):
+            if module is not None:
+                for tensor in module.state_dict().values():
+                    digest.update(tensor.numpy().tobytes())
+        return digest.hexdigest()[:16]
 
 
-def groups_of(runs):
-    """Runs -> groups, lists of runs that can share one pass through the backbone, in order."""
+def find_run(where):
+    """A path or hub name -> (name of the run, its folder, whether it came from the hub)."""
+    path = Path(where).expanduser()
+    if path.is_dir():
+        return path.resolve().name, path, False
+    if path.exists():
+        raise NotARun(f"{where}: is a file, and a run is a folder")
+    if any(letter in str(where) for letter in "*?["):
+        raise FileNotFoundError(f"{where}: no folder matches")
+    name, _, revision = str(where).partition("@")
+    # a missing folder in one that exists, runs/typo say, is no reason to ask the hub
+    is_hub_name = re.fullmatch(r"\w[\w-]*/[\w.-]+", name) and not name.startswith("runs/")
+    if not is_hub_name or path.parent.is_dir():
+        raise FileNotFoundError(f"{where}: no such run folder")
+    patterns = ["*.json", "*.safetensors", "config.yaml"]
+    folder = download(name, revision or "main", "model", patterns)
+    return str(where).replace("/", "--"), folder, True
+
+
+def why_no_run(folder):
+    """What is wrong with a folder that holds no prompt, or None for one that does."""
+    if (folder / "prompt.json").is_file() or (folder / "adapter_config.json").is_file():
+        return None
+    if (folder / "checkpoint.pt").is_file() or (folder / "pass.json").is_file():
+        return "its training has not come to an end (`train.py ... --resume` goes on)"
+    if any(folder.glob("*/prompt.json")):
+        return f"holds runs, but is none itself: say {shlex.quote(str(folder))}/*"
+    return "holds no prompt.json: not a run, or not yet trained"
+
+
+def read_prompt(folder):
+    """-> (prompt or None, head, meta) of a run folder, of an older one, or of the authors'."""
+    path = folder / "prompt.json"
+    problem = why_no_run(folder)
+    if problem:
+        raise NotARun(f"{folder}: {problem}")
+    if not path.is_file():
+        from formats import read_authors
+        return read_authors(folder)
+    if not (folder / "prompt.safetensors").is_file():
+        raise FileNotFoundError(f"{folder}: prompt.safetensors, the trained tensors, is missing; "
+                                f"prompt.json alone is no prompt")
+    if xpe.read_json(path).get("format") == 1:
+        from formats import read_format_1
+        return read_format_1(folder)
+    return xpe.load_prompt(folder)
+
+
+def same_place(a, b):
+    """Whether two names of folders or hub repositories mean the same."""
+    if not isinstance(b, str):
+        return False
+    return a == b or Path(a).expanduser().resolve() == Path(b).expanduser().resolve()
+
+
+def group_runs(runs):
+    """Runs -> lists of runs that can share one pass through the backbone, in order."""
     groups = {}
     for run in runs:
-        own = str(run.folder) if run.meta["kind"] == "full" else ""
-        key = json.dumps([own, run.prompt and run.prompt.length, run.head.config, run.numerics,
-                          *(run.meta[x] for x in ("reads", "max_length", "labels")),
-                          *(run.config[x] for x in ("backbone", "data"))], sort_keys=True)
-        groups.setdefault(key, []).append(run)
+        key = {name: run.meta[name] for name in ("reads", "max_length", "labels")}
+        key["prompt length"] = run.prompt.length if run.prompt is not None else 0
+        key["backbone"] = run.config["backbone"]
+        key["data"] = run.config["data"]
+        key["frozen weights"] = run.config["train"]["frozen_weights"]
+        if run.meta["kind"] == "full":          # has a backbone of its own
+            key["folder"] = str(run.folder)
+        groups.setdefault(json.dumps(key, sort_keys=True), []).append(run)
     return list(groups.values())
 
 
-def warn(line):
-    """One line on standard error that does not end the program."""
-    tqdm.write(f"warning: {line}", file=sys.stderr)
+# ---- Classifier: runs that share a backbone, ready to answer ----
 
+class Classifier:
+    """Prompts of one backbone, ready to classify texts. `load` makes one from a run folder.
 
-def join(runs, device):
-    """Runs of one group -> (PromptedClassifier with K prompts, tokenizer, autocast). Warns when backbone or
-    tokenizer are not those that the runs were trained with; raises ValueError if it cannot fit."""
-    config, meta = runs[0].config, runs[0].meta
-    b = config["backbone"]
-    backbone, tokenizer, identity = load_backbone(b["name"], b["revision"], b["attention"],
-                                                  b["trust_remote_code"])
-    for run in runs:
-        for what, now, then in (
-                ("backbone's weights", identity["fingerprint"], run.meta["backbone"].get("fingerprint")),
-                ("tokenizer", tokenizer_fingerprint(tokenizer), run.meta.get("tokenizer"))):
-            if then and now != then:
-                warn(f"{run.name}: the {what} ({now}) are not what it was trained with ({then})")
-    if meta["kind"] == "full":
-        path = runs[0].folder / "backbone.safetensors"
-        try:
-            backbone.load_state_dict(xpe.read_tensors(path))
-        except RuntimeError as e:
-            raise ValueError(f"{path}: {' '.join(str(e).split())[:200]}") from None
-    prompt = xpe.stack([r.prompt.collapse() for r in runs]) if runs[0].prompt is not None else None
-    model = xpe.PromptedClassifier(backbone, prompt, xpe.stack([r.head for r in runs]), meta["reads"],
-                                   frozen=meta["kind"] != "full")       # as it was trained, so it is scored
-    return model, tokenizer, place(model, device, *runs[0].numerics)
-
-
-def ask(runs, texts, device):
-    """Probabilities, a tensor (n, C) for each run of a group; texts: for each run a list of n.
-    Raises ValueError for what is no finite number, and as join does."""
-    model, tokenizer, autocast = join(runs, device)
-    sizes, texts = [len(own) for own in texts], sum(texts, [])
-    different = list(dict.fromkeys(texts))
-    ids = dict(zip(different, encode(different, tokenizer, runs[0].meta["max_length"])))
-    owner = torch.arange(len(runs)).repeat_interleave(torch.tensor(sizes))
-    logits = predict(model, [ids[text] for text in texts], tokenizer.pad_token_id or 0, owner,
-                     runs[0].config["evaluate"]["tokens"], autocast, progress=True)
-    if not logits.isfinite().all():
-        raise ValueError(f"{', '.join(r.name for r in runs)}: logits that are not finite numbers")
-    return logits.softmax(1).split(sizes)
-
-
-def score(runs, split, languages, device):
-    """Score runs of one group on a split -> {run name: (rows, predictions, identity)}.
-
-    languages: for each run the list of its languages, or None for all. rows: a dict for each language
-    (language, n, accuracy, macro_f1, majority); predictions: see prediction_rows.
+    A call changes nothing in it, so that several threads may share one. amp: auto (what the device
+    is fast at), bf16, fp16 or off.
     """
-    data, names = runs[0].config["data"], runs[0].meta["labels"]
-    folder, revision = locate(data["name"], data["revision"])
-    corpus, out = Corpus(folder), {}
-    if list(corpus.labels) != names:
-        raise ValueError(f"{folder} has the labels {', '.join(corpus.labels)}; {runs[0].name} was trained on "
-                         f"{', '.join(names)}")
-    wanted = [list(dict.fromkeys(own or corpus.languages())) for own in languages]
-    read = {c: corpus.read(c, split) for c in dict.fromkeys(sum(wanted, []))}
-    answers = ask(runs, [[s.text for c in own for s in read[c]] for own in wanted], device)
-    for run, own, p in zip(runs, wanted, answers):
-        rows, sentences = [], [(c, s) for c in own for s in read[c]]
-        for c, part in zip(own, p.split([len(read[c]) for c in own])):
-            labels, predicted = np.array([s.label for s in read[c]]), part.argmax(1).numpy()
-            rows.append(dict(language=c, n=len(labels), accuracy=accuracy(labels, predicted),
-                             macro_f1=macro_f1(labels, predicted), majority=majority(labels)))
-        identity = {"revision": revision, "data": fingerprint([s for _, s in sentences])}
-        out[run.name] = rows, prediction_rows(sentences, p, names), identity
-    return out
+
+    def __init__(self, runs, device, amp="auto"):
+        run = runs[0]
+        self.runs = runs
+        self.labels = run.meta["labels"]
+        self.max_length = run.meta["max_length"]
+        self.budget = run.config["evaluate"]["tokens"]
+        self.device = device
+        self.precision = pick_precision(amp, device)
+
+        backbone, self.tokenizer = self.load_backbone()
+        prompts = None
+        if run.prompt is not None:
+            prompts = [run.prompt.collapse() for run in runs]
+        heads = [run.head for run in runs]
+        frozen = run.meta["kind"] != "full"
+        self.model = xpe.PromptedClassifier(backbone, prompts, heads, run.meta["reads"], frozen)
+        frozen_weights = run.config["train"]["frozen_weights"]
+        self.autocast = place(self.model, device, self.precision, frozen_weights)
+        self.model.eval()
+
+    def load_backbone(self):
+        """-> (backbone, tokenizer). Warns where they are not those that a run was trained with."""
+        first = self.runs[0]
+        reads = first.meta["reads"]
+        settings = first.config["backbone"]
+        attention = pick_attention(settings["attention"], self.device, self.precision)
+        backbone, tokenizer, identity = load_backbone(
+            settings["name"], settings["revision"], attention, settings["trust_remote_code"])
+        check_backbone(backbone, tokenizer, identity, reads)
+        for run in self.runs:
+            warn_if_other(run, "backbone's weights", identity["fingerprint"],
+                          run.meta["backbone"].get("fingerprint"))
+            warn_if_other(run, "tokenizer", tokenizer_fingerprint(tokenizer),
+                          run.meta.get("tokenizer"))
+        if first.meta["kind"] == "full":
+            load_tuned_weights(backbone, first.folder / "backbone.safetensors")
+        if reads == "prompt" or (reads == "first" and first.prompt is None):
+            backbone = shorten(backbone)
+        return backbone, tokenizer
+
+    def __call__(self, texts):
+        """Classify any number of texts, in order -> (labels, a list of str; probabilities (n, C)).
+
+        The classes are in the order of `.labels`. Raises TypeError for what is no list of texts.
+        """
+        if isinstance(texts, str):
+            raise TypeError("give a list of texts, not one text")
+        texts = list(texts)
+        for number, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise TypeError(f"text {number} is no text but {text!r}")
+        probabilities = self.answer([texts])[0]
+        best = probabilities.argmax(dim=1).tolist()
+        return [self.labels[label] for label in best], probabilities
+
+    def answer(self, texts_of_runs, progress=False):
+        """texts_of_runs: for each run its n texts -> for each run its probabilities (n, C).
+
+        Raises ValueError for logits that are not finite."""
+        distinct = dict.fromkeys(text for texts in texts_of_runs for text in texts)
+        encoded, cut = encode(list(distinct), self.tokenizer, self.max_length)
+        if cut:
+            warn(f"{cut:,} of {len(distinct):,} texts cut at {self.max_length} tokens")
+        ids_of_text = dict(zip(distinct, encoded))
+        ids = [ids_of_text[text] for texts in texts_of_runs for text in texts]
+        sizes = [len(texts) for texts in texts_of_runs]
+        owner = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+        pad_id = self.tokenizer.pad_token_id or 0
+        logits = predict(self.model, ids, pad_id, owner, self.budget, self.autocast, progress)
+        logits_of_runs = logits.split(sizes)
+        for run, run_logits in zip(self.runs, logits_of_runs):
+            if not run_logits.isfinite().all():
+                raise ValueError(f"{run.name}: its logits are not finite numbers "
+                                 f"(computed in precision {self.precision}; --amp off is float32)")
+        return [run_logits.softmax(dim=1) for run_logits in logits_of_runs]
 
 
-def prediction_rows(sentences, probabilities, names):
-    """Rows of <split>_predictions.csv, made as they are written: those of ten runs would fill the memory."""
-    for (language, s), p in zip(sentences, probabilities.tolist()):
-        yield (language, s.index_id, names[s.label], names[p.index(max(p))], *(f"{x:.5f}" for x in p))
+def load(run, device="auto", backbone=None, amp="auto"):
+    """A trained prompt, ready to use -> Classifier.
+
+        classifier = evaluate.load("runs/xpe-joshi5-s11")
+        labels, probabilities = classifier(["The match was decided in the last minute.", "..."])
+
+    labels: a list of str, one for each text, in order; probabilities: a tensor (n, C), its classes
+    in the order of classifier.labels. Any number of texts, from any number of threads. run: a run
+    folder, a folder of the authors' release, or a hub name; backbone: a folder or hub name instead
+    of the run's own. Raises FileNotFoundError or ValueError with one line that says what is wrong.
+    """
+    return Classifier([Run(run, backbone)], pick_device(device), amp)
 
 
-def to_csv(columns, rows):
-    """Names of the columns, and rows -> CSV as bytes; None is an empty field."""
-    out = io.StringIO(newline="")
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(rows)
-    return out.getvalue().encode()
+def warn_if_other(run, what, fingerprint_now, fingerprint_in_training):
+    """Warn where a run meets another backbone or tokenizer than it was trained with."""
+    if fingerprint_in_training and fingerprint_now != fingerprint_in_training:
+        warn(f"{run.name}: the {what} ({fingerprint_now}) are not those that it was trained with "
+             f"({fingerprint_in_training})")
 
 
-def write_scores(run, split, rows, predictions, identity, folder):
-    """Write <split>.csv, <split>.json and <split>_predictions.csv to a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if run.released or folder.resolve() != run.folder.resolve():    # then with the prompt, for the report
-        prompt = xpe.take(run.prompt, 0) if run.prompt is not None else {}
-        xpe.save_prompt(folder, prompt, xpe.take(run.head, 0), run.meta)
-        xpe.write_atomic(folder / "config.yaml", yaml.safe_dump(run.config, sort_keys=False).encode())
-    scores = {r["language"]: r["accuracy"] for r in rows}
-    means = group_means(scores, run.config, run.sources)
-    summary = {"run": run.name, "kind": run.meta["kind"], "sources": run.sources, "split": split, **identity,
-               "groups": {t: {"accuracy": m, "languages": n, "of": of} for t, (m, n, of) in means.items()},
-               "languages": scores}
-    rounded = ([f"{v:.4f}" if isinstance(v, float) else v for v in row.values()] for row in rows)
-    columns = ["language", "index_id", "label", "predicted", *(f"p({x})" for x in run.meta["labels"])]
-    xpe.write_atomic(folder / f"{split}_predictions.csv", to_csv(columns, predictions))
-    xpe.write_atomic(folder / f"{split}.csv", to_csv(rows[0], rounded))
-    xpe.write_atomic(folder / f"{split}.json", json.dumps(summary, indent=1).encode() + b"\n")
+def load_tuned_weights(backbone, path):
+    """Load the weights that full fine-tuning saved; ValueError if they do not fit the backbone."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: the weights of this fully fine-tuned run are missing")
+    try:
+        backbone.load_state_dict(xpe.read_tensors(path))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path}: does not fit the backbone: {reason}") from None
 
 
-def table(run, rows, every_language=True):
-    """The scores of one run as text: means over groups beside chance, then every language."""
-    scores, chance = ({r["language"]: r[key] for r in rows} for key in ("accuracy", "majority"))
-    means, chances = (group_means(x, run.config, run.sources) for x in (scores, chance))
-    lines = [run.name, f"  {'mean over languages':<20} accuracy %  chance %  languages"]
-    for title, (mean, n, of) in means.items():
-        if n:
-            part = f" of {of}: the others were not scored" if n < of else ""
-            lines.append(f"  {title:<20} {mean:10.1f} {chances[title][0]:9.1f}  {n:9}{part}")
-    if every_language:
-        cells = [f"{c}{'*' if c in run.sources else ' '} {a:5.1f}"
-                 for c, a in sorted(scores.items(), key=lambda x: -x[1])]
-        lines += ["  " + "   ".join(cells[i:i + 6]) for i in range(0, len(cells), 6)]
-        lines += ["  * source language"] * any(c in run.sources for c in scores)
-    return "\n".join(lines)
+def shorten(backbone):
+    """The same answers with less work, where speed.py is there and knows the backbone."""
+    try:
+        from speed import first_position_only
+    except ModuleNotFoundError:
+        return backbone
+    return first_position_only(backbone)
 
 
-def report_scores(runs, split, languages, device, out=None, show=True):
-    """Score runs -> rows of each; print tables; write files, of a part of the languages only with `out`."""
-    done = {}
+# ---- Scoring on a split ----
+
+class Scores:
+    """The sentences of one split that a run answers, and what it reached.
+
+    .sentences: (language, Sentence) pairs, one language after the other. .facts: what computed them
+    and on which data. `fill` adds .probabilities (n, C) and .lines, those of <split>.csv: for each
+    language a dict of language, n, accuracy, macro_f1 and majority.
+    """
+
+    def __init__(self, run, split, sentences, facts):
+        self.run = run
+        self.split = split
+        self.sentences = sentences
+        self.facts = facts
+        self.probabilities = None
+        self.lines = []
+
+    def fill(self, probabilities):
+        """Add the probabilities of all sentences, (n, C), and compute the lines."""
+        self.probabilities = probabilities
+        predicted = probabilities.argmax(dim=1).tolist()
+        pairs_of = {}                           # language -> [(label, predicted)]
+        for (language, sentence), guess in zip(self.sentences, predicted):
+            pairs_of.setdefault(language, []).append((sentence.label, guess))
+        for language, pairs in pairs_of.items():
+            labels, guesses = zip(*pairs)
+            self.lines.append({
+                "language": language, "n": len(labels), "accuracy": accuracy(labels, guesses),
+                "macro_f1": macro_f1(labels, guesses), "majority": majority(labels)})
+
+    def prediction_lines(self):
+        """Lines of <split>_predictions.csv, made when written: those of ten runs fill a memory."""
+        names = self.run.meta["labels"]
+        for (language, sentence), shares in zip(self.sentences, self.probabilities.tolist()):
+            predicted = names[shares.index(max(shares))]
+            label = names[sentence.label]
+            figures = [f"{share:.5f}" for share in shares]
+            yield [language, sentence.index_id, label, predicted, *figures]
+
+
+def open_corpus(run):
+    """-> (Corpus, revision) of a run's data; ValueError if its labels are not the run's."""
+    settings = run.config["data"]
+    folder, revision = locate(settings["name"], settings["revision"])
+    corpus = Corpus(folder)
+    labels = run.meta["labels"]
+    if list(corpus.labels) != labels:
+        advice = ""
+        if set(corpus.labels) <= set(labels):
+            advice = f"; write these, in this order, to {folder / 'labels.txt'}"
+        raise ValueError(f"{folder} has the labels {', '.join(corpus.labels)}; {run.name} was "
+                         f"trained on {', '.join(labels)}{advice}")
+    return corpus, revision
+
+
+def choose_languages(run, corpus, split, languages):
+    """The languages that a run is scored on: those asked for; else, for an adapted prompt, its own;
+    else all of the corpus that have the split."""
+    if languages:
+        return languages
+    if "adapted_to" in run.meta:
+        return [run.meta["adapted_to"]]
+    with_split = [code for code in corpus.languages() if split in corpus.splits(code)]
+    if not with_split:
+        raise FileNotFoundError(f"{corpus.root}: no language has a file {split}.tsv")
+    return with_split
+
+
+def warn_about_absent(runs, corpus, split):
+    """Say which languages cannot be scored: targets that the corpus lacks, and those without the
+    split."""
+    without = [code for code in corpus.languages() if split not in corpus.splits(code)]
+    if without:
+        warn(f"{corpus.root}: without {split}.tsv, so not scored: {shorten_list(without)}")
+    targets = []
     for run in runs:
-        both = [c for c in languages or () if c in run.sources]
-        if both:
-            warn(f"{run.name}: {', '.join(both)}: a source of this run, so not zero-shot")
-    for group in groups_of(runs):
+        for names in run.config["targets"].values():
+            targets += resolve_group(run.config, names)
+    absent = [code for code in dict.fromkeys(targets) if code not in corpus.languages()]
+    if absent:
+        warn(f"{corpus.root}: lacks {len(absent)} of the target languages: {shorten_list(absent)}")
+
+
+def shorten_list(words):
+    """'a, b, c', with no more than six of them written out."""
+    if len(words) <= 6:
+        return ", ".join(words)
+    return f"{', '.join(words[:6])} and {len(words) - 6} more"
+
+
+def read_sentences(corpus, split, languages, known):
+    """(language, Sentence) pairs of a split; known: {language: sentences}, what was read before."""
+    pairs = []
+    for language in languages:
+        if language not in known:
+            known[language] = corpus.read(language, split)
+        pairs += [(language, sentence) for sentence in known[language]]
+    return pairs
+
+
+def prepare_group(runs, split, languages):
+    """Read what the runs of one group are to answer -> Scores of each, not yet filled."""
+    corpus, revision = open_corpus(runs[0])
+    if not languages and "adapted_to" not in runs[0].meta:
+        warn_about_absent(runs, corpus, split)
+    known = {}
+    prepared = []
+    for run in runs:
+        codes = choose_languages(run, corpus, split, languages)
+        sentences = read_sentences(corpus, split, codes, known)
+        facts = {"revision": revision, "data": fingerprint([sentence for _, sentence in sentences]),
+                 "prompt": run.prompt_fingerprint()}
+        prepared.append(Scores(run, split, sentences, facts))
+    return prepared
+
+
+def fill_group(prepared, device, amp):
+    """Compute the scores of the runs of one group, in one pass through their backbone."""
+    classifier = Classifier([scores.run for scores in prepared], device, amp)
+    texts_of_runs = []
+    for scores in prepared:
+        texts_of_runs.append([sentence.text for _, sentence in scores.sentences])
+    answers = classifier.answer(texts_of_runs, progress=True)
+    for scores, probabilities in zip(prepared, answers):
+        scores.facts["precision"] = classifier.precision
+        scores.facts["device"] = device.type
+        scores.fill(probabilities)
+
+
+def score_runs(runs, split="test", languages=None, device=None, amp="auto", out=None, show=True,
+               again=True):
+    """Score runs -> for each run its lines: dicts of language, n, accuracy, macro_f1, majority.
+
+    languages: codes, by default all (of an adapted prompt its own). Prints tables (show) and writes
+    <split>.csv, .json and _predictions.csv to each run's own folder, or to `out`/<name of the run>;
+    with some of the languages, or another backbone or data than the run's own, to `out` alone.
+    again=False: a run with scores of the same prompt and data is shown, not computed. Raises
+    OSError, before anything is computed, for a folder that cannot be written to.
+    """
+    device = device or pick_device()
+    folders = {run: result_folder(run, languages, out) for run in runs}
+    check_folders([folder for folder in folders.values() if folder])
+    lines_of = {}
+    for group in group_runs(runs):
         start = time.time()
-        # an adapted prompt answers for its own language
-        own = [languages or ([r.meta["adapted_to"]] if "adapted_to" in r.meta else None) for r in group]
-        results = score(group, split, own, device)
-        seconds = time.time() - start
         for run in group:
-            done[run.name], predictions, identity = results[run.name]
+            warn_about_sources(run, languages)
+        prepared = prepare_group(group, split, languages)
+        for scores in prepared:
+            if not again and folders[scores.run]:
+                scores.lines = read_scores(scores, folders[scores.run])
+        to_compute = [scores for scores in prepared if not scores.lines]
+        if to_compute:
+            fill_group(to_compute, device, amp)
+        for scores in prepared:
+            run = scores.run
+            lines_of[run] = scores.lines
             if show:
-                print(table(run, done[run.name], every_language=len(runs) < 4))
-            if out or not languages:
-                folder = Path(out) / run.name if out else run.results
-                write_scores(run, split, done[run.name], predictions, identity, folder)
-                if show:
-                    print(f"  {folder}/{split}.csv, .json, _predictions.csv")
-        n = sum(row["n"] for rows, *_ in results.values() for row in rows)
-        print(f"{n:,} sentences in {seconds:.1f} s, loading included\n")
-    return [done[run.name] for run in runs]
+                print(table(run, scores.lines, every_language=len(runs) < 4))
+            finish_run(scores, folders[run], scores in to_compute, show)
+        if to_compute and show:
+            print_work_done(to_compute, time.time() - start)
+    return [lines_of[run] for run in runs]
 
 
-def classify(runs, texts, device):
-    """Print what each run says of each text; runs of one backbone answer in one forward pass."""
-    for group in groups_of(runs):
-        for text, *answers in zip(texts, *ask(group, [texts] * len(group), device)):
-            for run, p in zip(group, answers):
-                who = f"{run.name}\t" if len(runs) > 1 else ""
-                print(f"{who}{run.meta['labels'][p.argmax()]}\t{p.max():.3f}\t{text}")
+def finish_run(scores, folder, computed, show):
+    """Write what was computed, and say where the scores are."""
+    if folder is None:
+        return
+    line = f"  {folder}: scored already; --again scores anew"
+    if computed:
+        write_scores(scores, folder)
+        line = f"  {folder}/{scores.split}.csv, .json, _predictions.csv"
+    if show:
+        print(line)
+
+
+def print_work_done(computed, seconds):
+    """How many sentences of how many languages were scored, in which time."""
+    languages = {language for scores in computed for language, _ in scores.sentences}
+    sentences = sum(len(scores.sentences) for scores in computed)
+    of = f"{len(languages)} languages" if len(languages) > 1 else "one language"
+    runs = f", by {len(computed)} runs together" if len(computed) > 1 else ""
+    print(f"{sentences:,} sentences of {of}{runs}, in {seconds:.1f} s, loading included\n")
+
+
+def warn_about_sources(run, languages):
+    """Say which of the languages asked for are no zero-shot targets of this run."""
+    trained_on = [code for code in languages or () if code in run.sources]
+    if trained_on:
+        warn(f"{run.name}: {', '.join(trained_on)}: a source of this run, so not zero-shot")
+
+
+# ---- Files and tables ----
+
+def result_folder(run, languages, out):
+    """Where the scores of a run go, or None: they are shown only."""
+    if out:
+        return Path(out) / run.name
+    if languages:
+        return None
+    if run.changed:
+        warn(f"{run.name}: not its own {' and '.join(run.changed)}, so nothing is written; "
+             f"--out FOLDER keeps the scores")
+        return None
+    return run.results
+
+
+def check_folders(folders):
+    """Raise OSError for a folder that cannot be written to, ValueError for one of two runs."""
+    for folder in folders:
+        if folders.count(folder) > 1:
+            raise ValueError(f"two of the runs would write to {folder}: score them one by one, or "
+                             f"with an --out of their own")
+        existing = folder
+        while not existing.exists():
+            existing = existing.parent
+        try:
+            tempfile.TemporaryFile(dir=existing).close()
+        except OSError as error:
+            raise OSError(f"{folder}: the scores cannot be written there ({error.strerror}); "
+                          f"--out names another folder") from None
+
+
+def to_csv(columns, lines):
+    """Names of the columns, and lines (lists of fields) -> CSV as bytes; None is an empty field."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(lines)
+    return text.getvalue().encode()
+
+
+def write_scores(scores, folder):
+    """Write <split>_predictions.csv, <split>.csv and <split>.json; elsewhere than in the run's own
+    folder also the prompt and its configuration, which the report reads."""
+    run, split = scores.run, scores.split
+    folder.mkdir(parents=True, exist_ok=True)
+    if run.released or folder.resolve() != run.folder.resolve():
+        xpe.save_prompt(folder, run.prompt, run.head, run.meta)
+        xpe.write_atomically(folder / "config.yaml", dump_config(run.config))
+
+    columns = ["language", "index_id", "label", "predicted"]
+    columns += [f"p({label})" for label in run.meta["labels"]]
+    predictions = to_csv(columns, scores.prediction_lines())
+    xpe.write_atomically(folder / f"{split}_predictions.csv", predictions)
+
+    lines = []
+    for line in scores.lines:
+        figures = [f"{line[name]:.4f}" for name in ("accuracy", "macro_f1", "majority")]
+        lines.append([line["language"], line["n"], *figures])
+    xpe.write_atomically(folder / f"{split}.csv", to_csv(scores.lines[0], lines))
+
+    accuracies = {line["language"]: line["accuracy"] for line in scores.lines}
+    groups = {}
+    for title, (mean, scored, of) in group_means(accuracies, run.config, run.sources).items():
+        groups[title] = {"accuracy": mean, "languages": scored, "of": of}
+    summary = {"run": run.name, "kind": run.meta["kind"], "sources": run.sources, "split": split,
+               **scores.facts, "groups": groups, "languages": accuracies}
+    text = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
+    xpe.write_atomically(folder / f"{split}.json", text.encode())   # last: then all three are there
+
+
+def read_scores(scores, folder):
+    """The lines that an earlier call left, if it had the same prompt and data; otherwise none."""
+    files = [folder / f"{scores.split}{end}" for end in (".json", ".csv", "_predictions.csv")]
+    if not all(file.is_file() for file in files):
+        return []
+    lines = []
+    try:
+        summary = xpe.read_json(files[0])
+        for fact, value in scores.facts.items():
+            if summary.get(fact) != value:
+                return []
+        with open(files[1], encoding="utf-8", newline="") as file:
+            for fields in csv.DictReader(file):
+                line = {"language": fields["language"], "n": int(fields["n"])}
+                for name in ("accuracy", "macro_f1", "majority"):
+                    line[name] = float(fields[name])
+                lines.append(line)
+    except (ValueError, KeyError, TypeError):       # damaged: scored anew
+        return []
+    return lines
+
+
+def table(run, lines, every_language=True):
+    """The scores of one run as text: means over groups beside chance, then every language."""
+    scores = {line["language"]: line["accuracy"] for line in lines}
+    chances = {line["language"]: line["majority"] for line in lines}
+    mean_chances = group_means(chances, run.config, run.sources)
+    text = [run.name, f"  {'mean over languages':<20} accuracy %  chance %  languages"]
+    for title, (mean, scored, of) in group_means(scores, run.config, run.sources).items():
+        figures = f"{'-':>10} {'-':>9}"
+        if scored:
+            chance = mean_chances[title][0]
+            figures = f"{mean:10.1f} {chance:9.1f}"
+        rest = ""
+        if scored < of:
+            rest = f" of {of}: {of - scored} not scored"
+        if of:                          # none is left of a group whose languages are all sources
+            text.append(f"  {title:<20} {figures}  {scored:9}{rest}")
+    if every_language:
+        text += language_cells(scores, run.sources)
+    return "\n".join(text)
+
+
+def language_cells(scores, sources):
+    """All languages and their accuracies as lines of text, six in a line, the best first."""
+    cells = []
+    for code in sorted(scores, key=scores.get, reverse=True):
+        mark = "*" if code in sources else " "
+        cells.append(f"{code}{mark} {scores[code]:5.1f}")
+    text = ["  " + "   ".join(cells[start:start + 6]) for start in range(0, len(cells), 6)]
+    if any(code in sources for code in scores):
+        text.append("  * source language")
+    return text
+
+
+# ---- The command ----
+
+def read_stdin_texts():
+    """The lines of standard input, blank ones too; ValueError with the line of what is no UTF-8."""
+    if sys.stdin.isatty():
+        print("one text on each line; Ctrl-D ends", file=sys.stderr)
+    raw = sys.stdin.buffer.read().removeprefix(b"\xef\xbb\xbf")
+    texts = []
+    for number, line in enumerate(raw.removesuffix(b"\n").split(b"\n"), start=1):
+        try:
+            texts.append(line.decode().removesuffix("\r"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"standard input:{number}: this is not UTF-8 text (byte "
+                             f"0x{line[error.start]:02x})") from None
+    return texts
+
+
+def check_texts(texts):
+    """Raise ValueError for arguments that are no UTF-8, and if there is nothing but blanks."""
+    for number, text in enumerate(texts, start=1):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"--text: text {number} is not UTF-8") from None
+    if not any(text.strip() for text in texts):
+        raise ValueError("--text: nothing to classify")
+
+
+def classify(runs, texts, device, amp="auto"):
+    """Print what each run says of each text: [run,] label, probability, text, with tabs between.
+
+    A line (for each run) for each text: to a blank one label and probability are empty.
+    """
+    distinct = list(dict.fromkeys(text for text in texts if text.strip()))
+    answers = {}                                # (run, text) -> [label, probability]
+    for group in group_runs(runs):
+        classifier = Classifier(group, device, amp)
+        probabilities_of_runs = classifier.answer([distinct] * len(group))
+        for run, probabilities in zip(group, probabilities_of_runs):
+            for text, shares in zip(distinct, probabilities):
+                label = run.meta["labels"][shares.argmax()]
+                answers[run, text] = [label, f"{shares.max():.3f}"]
+    for text in texts:
+        for run in runs:
+            fields = answers.get((run, text), ["", ""]) + [on_one_line(text)]
+            if len(runs) > 1:
+                fields.insert(0, run.name)
+            print("\t".join(fields))
+
+
+def on_one_line(text):
+    """A text with its line breaks and tabs written as \\n, \\r, \\t."""
+    return text.replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")
+
+
+def open_runs(args):
+    """Run objects of the RUN arguments. Of several, those that are no run are left out with a
+    warning, so that `dir/*` works; FileNotFoundError if none is left."""
+    runs = []
+    for where in args.runs:
+        try:
+            runs.append(Run(where, args.backbone, args.data, args.trust_remote_code))
+        except NotARun as error:
+            if len(args.runs) == 1:
+                raise
+            warn(f"left out: {error}")
+    if not runs:
+        raise FileNotFoundError(f"none of the {len(args.runs)} RUN arguments is a run")
+    return runs
+
+
+def languages_asked_for(args, config):
+    """Codes of --languages and --groups, each once; none means all languages."""
+    for group in args.groups:
+        if group not in config["groups"]:
+            raise ValueError(f"--groups: no group {group!r}{nearest(group, config['groups'])}")
+    of_groups = resolve_group(config, args.groups)
+    if args.groups and not of_groups:
+        raise ValueError(f"--groups {','.join(args.groups)}: no language is left of them")
+    return list(dict.fromkeys(args.languages + of_groups))
+
+
+def export(args, runs):
+    """Write a run as a folder that stock peft loads."""
+    from formats import export_peft
+    form, folder = args.export
+    if form != "peft" or len(runs) != 1:
+        raise ValueError("--export takes one RUN, the word peft and a new folder")
+    export_peft(folder, runs[0].prompt, runs[0].head, runs[0].meta)
+    print(f"{folder}: written for peft, with the names of the labels in {folder}/labels.json")
+
+
+def split_commas(text):
+    """'a, b' -> ['a', 'b']"""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def make_parser():
+    """The arguments of the command line."""
+    parser = argparse.ArgumentParser(
+        description="Score prompts on every language, classify texts, or export a prompt.")
+    parser.add_argument("runs", nargs="*", metavar="RUN",
+                        help="run folders, or hub names (name@branch)")
+    parser.add_argument("--split", default="test", choices=SPLITS)
+    parser.add_argument("--languages", type=split_commas, default=[],
+                        help="codes, separated by commas (default: all)")
+    parser.add_argument("--groups", type=split_commas, default=[],
+                        help="groups of the configuration, separated by commas")
+    parser.add_argument("--data", help="folder or dataset, instead of the run's own")
+    parser.add_argument("--backbone", help="folder or hub name, instead of the run's own")
+    parser.add_argument("--trust-remote-code", action="store_true",
+                        help="run a backbone's own code")
+    parser.add_argument("--out", help="folder for the results (default: each run's own folder)")
+    parser.add_argument("--again", action="store_true", help="score anew what is scored already")
+    parser.add_argument("--text", nargs="*", help="classify these, or the lines of standard input")
+    parser.add_argument("--export", nargs=2, metavar=("peft", "DIR"),
+                        help="write a folder that peft loads")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: auto)")
+    parser.add_argument("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"),
+                        help="precision (default: auto, what the device is fast at)")
+    parser.add_argument("--report", action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+def check_arguments(args):
+    """Raise ValueError for arguments that cannot be meant."""
+    if args.report:
+        runs = shlex.join(args.runs) or "RUN ..."
+        raise ValueError(f"the report is a command of its own: python report.py {runs}")
+    if not args.runs and args.text:
+        raise ValueError("RUN is missing: --text takes everything behind it, so the run comes "
+                         f"first: evaluate.py RUN --text {shlex.join(args.text)}")
+    if not args.runs:
+        raise ValueError("RUN is missing: name one or more run folders, runs/* say")
 
 
 def main(argv=None):
     """The command line."""
-    codes = {"type": lambda text: text.split(","), "default": []}
-    parser = argparse.ArgumentParser(description="Score prompts on every language; report; export.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, or hub names (name@branch)")
-    parser.add_argument("--split", default="test", choices=("train", "dev", "test"))
-    parser.add_argument("--languages", **codes, help="codes, separated by commas (default: all)")
-    parser.add_argument("--groups", **codes, help="groups of the configuration, separated by commas")
-    parser.add_argument("--data", help="folder or dataset, instead of the run's own")
-    parser.add_argument("--backbone", help="folder or hub name, instead of the run's own")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run a backbone's own code")
-    parser.add_argument("--out", help="folder for the results (default: each run's own folder)")
-    parser.add_argument("--text", nargs="*", help="classify these, or the lines of standard input")
-    parser.add_argument("--export", nargs=2, metavar=("peft", "DIR"), help="write a folder that peft loads")
-    parser.add_argument("--report", action="store_true", help="methods x groups, from scored run folders")
-    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="is method A better than method B?")
-    parser.add_argument("--plot", metavar="FILE.png", help="with --compare: gain per language (matplotlib)")
-    parser.add_argument("--leave-out", default="", metavar="CODES", help="of the report: ars_Arab, say")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: auto)")
-    args = parser.parse_args(argv)
-    if args.report or args.compare or args.plot:
-        import report
-        return report.main(args)
+    args = make_parser().parse_args(argv)
+    check_arguments(args)
+    if hasattr(sys.stdout, "reconfigure"):
+        # a terminal that cannot show a letter must not end the command half-way
+        sys.stdout.reconfigure(errors="backslashreplace")
     device = pick_device(args.device)
-    runs = [Run(r, args.backbone, args.data, args.trust_remote_code) for r in args.runs]
-    if len({r.name for r in runs}) < len(runs):
-        raise ValueError("two of the runs have the same folder name")
+    runs = open_runs(args)
     if args.export:
-        if args.export[0] != "peft" or len(runs) != 1:
-            raise ValueError("--export takes one RUN, the word peft and a new folder")
-        xpe.export_peft(args.export[1], runs[0].prompt, runs[0].head, runs[0].meta)
-        print(f"{args.export[1]}: for peft.PeftModel.from_pretrained(model, {args.export[1]!r})")
+        export(args, runs)
     elif args.text is not None:
-        texts = args.text or [line.rstrip("\n") for line in sys.stdin if line.strip()]
-        if not texts or not all(t.strip() for t in texts):
-            raise ValueError("--text: nothing to classify")
-        classify(runs, texts, device)
+        texts = args.text or read_stdin_texts()
+        check_texts(texts)
+        classify(runs, texts, device, args.amp)
     else:
-        config = runs[0].config
-        for group in args.groups:
-            if group not in config["groups"]:
-                raise ValueError(f"--groups: no group {group!r}{nearest(group, config['groups'])}")
-        languages = list(dict.fromkeys(args.languages + resolve_group(config, args.groups)))
-        if args.groups and not languages:
-            raise ValueError(f"--groups {','.join(args.groups)}: no language is left of them")
-        report_scores(runs, args.split, languages, device, args.out)
+        languages = languages_asked_for(args, runs[0].config)
+        score_runs(runs, args.split, languages, device, args.amp, args.out, again=args.again)
     return 0
 
 
