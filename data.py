@@ -82,7 +82,7 @@ def read_rows(path):
 
 
 def read_tsv(path, labels=LABELS):
-    """Read one split -> list of Sentence, texts exactly as in the file (not stripped or normalised).
+    """Read one split -> list of Sentence, texts exactly as in the file, blanks included.
 
     Columns are found by name; without a column index_id, sentences are numbered. Anything that is
     not clean is a ValueError with file and line.
@@ -120,7 +120,7 @@ def read_tsv(path, labels=LABELS):
 
 
 def read_labels(path):
-    """Read a labels.txt -> tuple of label names; ValueError unless it names two or more, each once."""
+    """Read a labels.txt -> tuple of names; ValueError unless there are two or more, each once."""
     names = tuple(name for name in read_text(path).splitlines() if name.strip())
     if len(names) < 2 or len(set(names)) < len(names):
         raise ValueError(f"{path}: must name two or more labels, each once, one on each line")
@@ -142,7 +142,7 @@ class Corpus:
                 files = self._files.setdefault(path.parent.name, {})
                 split = SPLIT_OF_FILE[path.stem]
                 if split in files:
-                    raise ValueError(f"{path}: {files[split].name} is the same split, keep one of them")
+                    raise ValueError(f"{path}: {files[split].name} is the same split, keep one")
                 files[split] = path
         if not self._files:
             raise FileNotFoundError(f"{root}: no folder <language>/{{train,dev,test}}.tsv here")
@@ -188,7 +188,7 @@ class Corpus:
                 raise ValueError(f"no language {language!r} in {self.root}{hint}")
 
     def splits(self, language):
-        """Return those of train, dev, test that the language has; ValueError for an unknown language."""
+        """Return those of train, dev, test that a language has; ValueError for an unknown one."""
         self.check([language])
         return [split for split in SPLITS if split in self._files[language]]
 
@@ -206,7 +206,7 @@ class Corpus:
 
 
 def fingerprint(sentences):
-    """Return a short hash of ids, labels and texts, which tells whether two runs saw the same data."""
+    """Return a short hash of ids, labels and texts: two runs with the same one saw equal data."""
     content = "".join(repr(tuple(sentence)) for sentence in sentences)
     return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
@@ -243,9 +243,10 @@ def tokenize(texts, tokenizer, max_length):
 
 
 def collate(encoded, pad_id):
-    """Token ids of B texts -> input_ids and attention_mask (1: token, 0: padding), both (B, T) int64.
+    """Token ids of B texts -> input_ids, attention_mask (1 token, 0 padding), both (B, T) int64.
 
-    Padding is on the *right*: left padding would shift the positions that XLM-R gives to `inputs_embeds`.
+    Padding is on the *right*: left padding would shift the positions that XLM-R gives to
+    `inputs_embeds`.
     """
     longest = max(len(ids) for ids in encoded)
     input_ids = np.full((len(encoded), longest), pad_id, dtype=np.int64)
@@ -259,10 +260,10 @@ def collate(encoded, pad_id):
 # ours: before sorting, each length grows by a random share, up to this, of the mean length. More
 # noise mixes the sentences better and pads more. Pairs of a batch that meet again within the next
 # 10 epochs, and padding, alone and of 10 joined seeds (SIB-200, 12,000 word pieces, batches of 32):
-#   0.12   Joshi5 (4,907 sentences)      40 %   5.4 %   5.9 %
-#          one language (701)            88 %   8 %     9 %
-#   0      one language                  98 %   5 %     5 %
-#   transformers' group_by_length        76 %  19 %
+#   0.12   Joshi5 (4,907 sentences)      40 %   5.5 %    5.9 %
+#          one language (701)            88 %   7-9 %    8-10 %
+#   0      one language                  98 %   3-6 %    3-6 %
+#   transformers' group_by_length, one   77 %   16-21 %
 LENGTH_NOISE = 0.12
 
 
@@ -516,7 +517,7 @@ def run_main(main):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = 130
-    except BrokenPipeError:                 # `| head` has seen enough; what is left to print goes nowhere
+    except BrokenPipeError:                 # `| head` has seen enough: drop what is left to print
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
     except torch.OutOfMemoryError as error:
