@@ -18,6 +18,7 @@ import io
 import math
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -511,6 +512,8 @@ def main(argv=None):
 
 def run_main(main):
     """Run a script's main: every error that a person can cause ends in one line and status 2."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:       # as train.py has it during imports
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         status = main()
         sys.stdout.flush()

@@ -15,7 +15,7 @@ backbone side by side. One learner alone is the paper's case, and the loop reads
 Read downwards: data of a task, rates, the learner, checkpoints, `train` (the loop), the command line.
 """
 import signal
-if __name__ == "__main__":      # while torch is imported, Ctrl-C ends us without a traceback
+if __name__ == "__main__":      # while torch is imported, Ctrl-C is no traceback: see data.run_main
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
@@ -1042,6 +1042,23 @@ def main(argv=None):
         return 130
     del backbone
     return report_results(learners, job, device, args, first=rank == 0)
+
+
+def score_trained(folders, job, device, args):
+    """Score new runs on all languages; adapted ones on their own, beside the source run's score."""
+    trust = job.config["backbone"]["trust_remote_code"]
+    runs = [Run(folder, args.backbone, args.data, trust) for folder in folders]
+    if not job.source:
+        score_runs(runs, device=device, amp=job.cfg["amp"])
+        return
+    source_lines = score_runs([job.source], languages=job.languages, device=device,
+                              amp=job.cfg["amp"], show=False)[0]
+    before = {line["language"]: line["accuracy"] for line in source_lines}
+    adapted_lines = score_runs(runs, device=device, amp=job.cfg["amp"], show=False)
+    for run, (line,) in zip(runs, adapted_lines):
+        language = line["language"]
+        print(f"{run.name}: zero-shot {before[language]:.1f} %, adapted {line['accuracy']:.1f} % "
+              f"on {language}")
 
 
 def report_results(learners, job, device, args, first):
