@@ -1,201 +1,364 @@
-"""Speed, padding and memory of training and evaluation, beside the bare backbone and the authors' toolkit.
+"""Speed of training and evaluation, beside the bare backbone and the authors' toolkit.
 
-Contenders take turns, because machines drift: read the ratios. Sentence lengths are a corpus's; weights and
-token ids are random, which changes no speed.
+No part of the paper: nothing else imports this file. Contenders take turns in one process, because
+machines drift: read the ratios, which are of tokens a second and medians over the turns. Texts are
+a corpus's; the backbone's weights are random, which changes no speed.
 
-    ours x K    train.py's own loop up to its first dev evaluation: XPE on Joshi5, K seeds in one pass
-    floor x K   the same backbone over as many rows and tokens, forward and backward to one leaf tensor of
-                prompt rows: no padding, mask, encoder, head, optimizer
-    toolkit     micm-nlp, the authors' library, on transformers' Trainer: Adafactor, group_by_length, no logs
-    evaluation  evaluate.py's `predict`, and its floor: forward only (on a CPU some batches of it)
+    ours x K      train.py's own loop: XPE on Joshi5, K learners in one pass
+    floor x K     the bare backbone on as many texts and tokens, forward, and backward to one prompt:
+                  without padding, mask, encoder, head or optimizer
+    toolkit       micm-nlp, the authors' library, on transformers' Trainer (pip install micm-nlp)
+    evaluation    evaluate.py's predict() on test sentences; its floor goes forward only
 
+    python bench.py
     python bench.py --size large --data Davlan/sib200 --tokenizer FacebookAI/xlm-roberta-large
-
-One thread of an AMD EPYC, --size tiny --attention eager, bf16, an epoch of real SIB-200 lengths a turn:
-                 run-steps/s sentences/s of floor x toolkit padding    GB
-    ours x 1            7.41         237    1.391     1.568    2.6%     -
 """
 import argparse
+import io
+import math
 import tempfile
-from contextlib import redirect_stdout, suppress
+from contextlib import redirect_stdout
+from dataclasses import dataclass
 from importlib.util import find_spec
-from types import SimpleNamespace
-from unittest import mock
 
 import numpy as np
 import torch
 import transformers
-from torch.utils.benchmark import Timer, timer
-from torch.utils.flop_counter import FlopCounterMode
-from transformers.trainer_pt_utils import get_length_grouped_indices as grouped
+from torch.utils.benchmark import timer         # time.perf_counter, which waits for the GPU first
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 import train
+from backbone import pick_attention, pick_device, pick_precision, place
+from config import HERE, read_config, resolve_group
 from data import Corpus, encode, length_batches, locate, run_main, token_batches
-from evaluate import HERE, load_config, pick_device, place, predict, resolve_group
+from evaluate import predict
+from speed import first_position_only
 
-SIZES = {"tiny": (3, 192, 4, 12000), "small": (6, 256, 4, 12000),       # layers, width, heads, vocabulary
-         "base": (12, 768, 12, 250002), "large": (24, 1024, 16, 250002)}        # these two are XLM-R's
-PAD, CLASSES, P = 1, 7, 20
-
-
-def ours(backbone, ids, labels, K, config, cfg, device):
-    """-> (model, autocast, run): run(steps) takes steps of train.train with K learners."""
-    task = SimpleNamespace(ids={"train": ids}, labels={"train": labels}, weights=torch.ones(CLASSES),
-                           lengths=np.array([len(x) for x in ids]))
-    meta = {"labels": range(CLASSES), "reads": "prompt"}
-    learners = [train.Learner(HERE / "no such folder", k, task, dict(meta)) for k in range(K)]
-    model = train.make_model(SimpleNamespace(config=config, cfg=cfg, source=None), learners, backbone)
-    autocast = place(model, device, cfg["amp"], cfg["frozen_weights"])
-
-    def run(steps):
-        settings = cfg | {"steps": steps, "evaluate_every": steps}      # stopped at its first evaluation
-        with mock.patch.object(train, "judge_all", side_effect=StopIteration), suppress(StopIteration):
-            train.train(learners, model, autocast, settings, PAD, device, quiet=True)
-    return model, autocast, run
+SIZES = {               # layers, width, attention heads
+    "tiny": (3, 192, 4),                # as sample/backbone
+    "small": (6, 256, 4),
+    "base": (12, 768, 12),              # XLM-R-base
+    "large": (24, 1024, 16),            # XLM-R-large, the paper's
+}
+WARM_UP_STEPS = 4
+CPU_EVALUATION_BATCHES = 12         # all 205 languages would take a CPU minutes in each turn
 
 
-def floor(backbone, autocast, batches, device, backward=True):
-    """-> run(steps): as many rows and tokens, in full rectangles, through the bare backbone."""
-    words = backbone.get_input_embeddings()
-    rows = torch.randn_like(words.weight[None, :P]).requires_grad_()                            # (1, P, H)
-    weights = torch.randn(rows.shape[-1], device=device)    # a LayerNorm's plain sum has no gradient
-    ids = [torch.randint(5, len(words.weight), (len(n), round(n.mean())), device=device) for n in batches]
+@dataclass
+class Setup:
+    """What all contenders share."""
+    job: train.Job
+    task: train.Task
+    test: list              # token ids of the test sentences
+    backbone: torch.nn.Module
+    sizes: transformers.XLMRobertaConfig
+    tokenizer: object
+    device: torch.device
 
-    def run(steps):
-        backbone.train(backward)
-        for x in ids[:steps]:
-            with torch.set_grad_enabled(backward), autocast():
-                h = backbone(inputs_embeds=torch.cat((rows.expand(len(x), -1, -1), words(x)), 1))[0]
-            if backward:
-                (h[:, 0].float() * weights).sum().backward()
-    return run
+    @property
+    def prompt_length(self):
+        return self.job.config["prompt"]["length"]
 
 
-def toolkit(sizes, ids, labels, cfg, device, tokenizer):
-    """-> (model, run): run(steps) takes steps of the authors' toolkit -> seconds, by its Trainer's clock."""
-    from micm_nlp.models.xpe import get_xpe_model
-    with redirect_stdout(None):                     # it prints its layers, and below its figures
-        model = get_xpe_model(transformers.XLMRobertaForSequenceClassification(sizes), dict(
-            peft_type="XPE", task_type="SEQ_CLS", encoder_reparameterization_type="MLP", num_virtual_tokens=P,
-            encoder_ratio=1.0, encoder_hidden_size=sizes.hidden_size // 4, encoder_num_layers=2,
-            encoder_dropout=0.1, encoder_freeze=False, encoder_embedding_freeze=False)).to(device)
-    collator = transformers.DataCollatorWithPadding(transformers.AutoTokenizer.from_pretrained(tokenizer))
-    rows = [{"input_ids": x, "attention_mask": [1] * len(x), "labels": int(y)} for x, y in zip(ids, labels)]
+# ---- The contenders ---------------------------------------------------------------------------------
 
-    def run(steps):
-        with redirect_stdout(None), tempfile.TemporaryDirectory() as folder:
+class Contender:
+    """Takes turns. `batches` holds, for each batch, the lengths of its texts in tokens."""
+    trains = True
+    floor = None            # the contender that does the same without any overhead
+
+    def __init__(self, name, batches):
+        self.name = name
+        self.batches = batches
+        self.seconds = []           # of each turn
+        self.gigabytes = 0.0        # a turn's peak on the GPU, beyond what was held before it
+
+    def run(self, steps):
+        """Go through the first batches -> seconds."""
+        raise NotImplementedError
+
+    def count_texts(self):
+        return sum(len(lengths) for lengths in self.batches)
+
+    def count_tokens(self, prompt_length):
+        """Tokens and prompt rows; padding is no work that anybody wants."""
+        return sum(lengths.sum() + prompt_length * len(lengths) for lengths in self.batches)
+
+    def padding(self):
+        """Share of the text positions that are padding."""
+        positions = sum(len(lengths) * lengths.max() for lengths in self.batches)
+        return 1 - sum(lengths.sum() for lengths in self.batches) / positions
+
+
+class TimedLearner(train.Learner):
+    """A learner that keeps and writes nothing."""
+
+    def record_evaluation(self, *_):
+        pass
+
+
+class Ours(Contender):
+    """train.py's loop with K learners in one pass."""
+
+    def __init__(self, setup, K, batches):
+        super().__init__(f"ours x {K}", batches)
+        self.setup = setup
+        job = setup.job
+        self.learners = []
+        for seed in range(K):
+            learner = TimedLearner("no folder", seed, job.languages, {"training": {}})
+            learner.task = setup.task
+            learner.build(job, setup.backbone)
+            self.learners.append(learner)
+        shortened = first_position_only(setup.backbone)
+        self.model = train.join_learners(self.learners, shortened, job.reads)
+        self.autocast = place(self.model, setup.device, job.cfg["amp"], job.cfg["frozen_weights"])
+
+    def run(self, steps):
+        device, pad_id = self.setup.device, self.setup.tokenizer.pad_token_id
+        # one evaluation, at the end, and of one sentence (see read_setup); no checkpoint
+        cfg = dict(self.setup.job.cfg, steps=steps, evaluate_every=steps, checkpoint_every=steps + 1)
+        for learner in self.learners:
+            learner.prepare(cfg, steps, device)
+        start = timer()
+        train.train(self.learners, self.model, self.autocast, cfg, pad_id, device, quiet=True)
+        return timer() - start
+
+
+class Floor(Contender):
+    """The backbone alone, on full rectangles of as many texts and (rounded) tokens as `batches`."""
+
+    def __init__(self, name, setup, autocast, batches, trains=True):
+        super().__init__(name, batches)
+        self.trains = trains
+        self.backbone = setup.backbone
+        self.autocast = autocast
+        self.words = setup.backbone.get_input_embeddings()
+        prompt = torch.randn_like(self.words.weight[None, :setup.prompt_length])
+        self.prompt = prompt.requires_grad_()                                   # (1, P, H)
+        # what is differentiated: the plain sum of a LayerNorm's output has no gradient
+        self.direction = torch.randn(setup.sizes.hidden_size, device=setup.device)
+        self.input_ids = []
+        for lengths in batches:
+            shape = len(lengths), round(lengths.mean())
+            self.input_ids.append(torch.randint(5, len(self.words.weight), shape, device=setup.device))
+
+    def padding(self):
+        return 0.0
+
+    def run(self, steps):
+        self.backbone.train(self.trains)
+        start = timer()
+        for input_ids in self.input_ids[:steps]:
+            prompt = self.prompt.expand(len(input_ids), -1, -1)                 # (B, P, H)
+            with torch.set_grad_enabled(self.trains), self.autocast():
+                x = torch.cat((prompt, self.words(input_ids)), dim=1)           # (B, P+T, H)
+                h = self.backbone(inputs_embeds=x)[0]
+            if self.trains:
+                (h[:, 0].float() @ self.direction).sum().backward()
+        return timer() - start
+
+
+class Toolkit(Contender):
+    """micm-nlp as its authors ran it: Adafactor, sentences grouped by length, autocast, no logs."""
+
+    def __init__(self, setup, n_batches):
+        size, lengths = setup.job.cfg["batch_size"], setup.task.lengths
+        order = get_length_grouped_indices(lengths.tolist(), size)      # the Trainer's, of one epoch
+        batches = np.split(order, range(size, len(order), size))
+        # they come sorted in parts: take them evenly from the epoch
+        batches = batches[::max(1, len(batches) // n_batches)][:n_batches]
+        super().__init__("toolkit", [lengths[indices] for indices in batches])
+        self.setup = setup
+        self.texts = []
+        for i in np.concatenate(batches):
+            ids = setup.task.ids["train"][i].tolist()
+            label = int(setup.task.labels["train"][i])
+            self.texts.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": label})
+        self.model = self.make_model(setup)
+
+    @staticmethod
+    def make_model(setup):
+        from micm_nlp.models.xpe import get_xpe_model
+        prompt = setup.job.config["prompt"]
+        arguments = dict(
+            peft_type="XPE", task_type="SEQ_CLS", num_virtual_tokens=prompt["length"],
+            encoder_reparameterization_type="MLP", encoder_ratio=1.0,
+            encoder_hidden_size=setup.sizes.hidden_size // 4, encoder_num_layers=prompt["layers"],
+            encoder_dropout=prompt["dropout"], encoder_freeze=False, encoder_embedding_freeze=False)
+        with redirect_stdout(io.StringIO()):        # it prints its layers
+            model = get_xpe_model(transformers.XLMRobertaForSequenceClassification(setup.sizes), arguments)
+        return model.to(setup.device)
+
+    def run(self, steps):
+        cfg, device = self.setup.job.cfg, self.setup.device
+        collator = transformers.DataCollatorWithPadding(self.setup.tokenizer)
+        with redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as folder:
             arguments = transformers.TrainingArguments(
-                folder, max_steps=steps, per_device_train_batch_size=cfg["batch_size"], optim="adafactor",
-                train_sampling_strategy="sequential", bf16=cfg["amp"] == "bf16", report_to="none",
-                use_cpu=device.type == "cpu", save_strategy="no", logging_strategy="no", disable_tqdm=True)
-            return transformers.Trainer(model, arguments, collator, rows).train().metrics["train_runtime"]
-    return model, run
+                folder, max_steps=steps, per_device_train_batch_size=cfg["batch_size"],
+                optim="adafactor", train_sampling_strategy="sequential", bf16=cfg["amp"] == "bf16",
+                use_cpu=device.type == "cpu", save_strategy="no", logging_strategy="no",
+                report_to="none", disable_tqdm=True)
+            trainer = transformers.Trainer(self.model, arguments, collator, self.texts)
+            return trainer.train().metrics["train_runtime"]     # without what comes before step 1
 
 
-def sentence_lengths(args, config):
-    """Tokens of each training sentence (Joshi5), then of each test sentence (every language), of a corpus."""
+class Evaluation(Contender):
+    """predict() over test sentences."""
+    trains = False
+
+    def __init__(self, setup, ours, budget):
+        lengths = np.array([len(ids) for ids in setup.test])
+        batches = token_batches(lengths, budget, setup.prompt_length)
+        if setup.device.type == "cpu":
+            every = math.ceil(len(batches) / CPU_EVALUATION_BATCHES)
+            batches = batches[every // 2::every]        # they come longest first
+        super().__init__("evaluation", [lengths[indices] for indices in batches])
+        self.setup = setup
+        self.ours = ours
+        self.budget = budget
+        self.texts = [setup.test[i] for i in np.concatenate(batches)]
+
+    def run(self, steps):
+        pad_id = self.setup.tokenizer.pad_token_id
+        start = timer()
+        predict(self.ours.model, self.texts, pad_id, budget=self.budget, autocast=self.ours.autocast)
+        return timer() - start
+
+
+# ---- Setting up -------------------------------------------------------------------------------------
+
+def read_setup(args, device):
+    """Read corpus and tokenizer, make a random backbone -> Setup."""
+    config = read_config()
     corpus = Corpus(locate(args.data)[0])
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.tokenizer)
-    sources = [c for c in resolve_group(config, "joshi5") if c in corpus.languages()]
-    for split, languages in (("train", sources), ("test", corpus.languages())):
-        texts = [s.text for c in languages for s in corpus.read(c, split)]
-        n = np.array([len(x) for x in encode(texts, tokenizer, config["data"]["max_length"])])
-        print(f"{split}: {len(languages)} languages, {len(n):,} sentences of {n.mean():.0f} tokens")
-        yield n
+    max_length = config["data"]["max_length"]
+    present = corpus.languages()
+    sources = [code for code in resolve_group(config, "joshi5") if code in present]
+    task = train.Task(corpus, sources, tokenizer, max_length, balanced=False)
+    task.ids["dev"] = task.ids["dev"][:1]       # train.py ends with an evaluation: make it a short one
+    texts = []
+    for language in present:
+        texts += [sentence.text for sentence in corpus.read(language, "test")]
+    test, _ = encode(texts, tokenizer, max_length)
+    print(f"training: {len(task.lengths):,} sentences of {task.lengths.mean():.0f} tokens in "
+          f"{len(sources)} languages; test: {len(test):,} sentences in {len(present)}")
 
-
-def contenders(args, config, device, lengths, tests):
-    """-> {name: who takes turns: run(steps), its module, its floor's name, what its batches hold}."""
-    layers, H, heads, vocabulary = SIZES[args.size]
+    amp = pick_precision(args.amp, device)
+    attention = pick_attention(args.attention, device, amp)
+    layers, width, heads = SIZES[args.size]
     sizes = transformers.XLMRobertaConfig(
-        vocab_size=vocabulary, hidden_size=H, num_hidden_layers=layers, num_attention_heads=heads,
-        intermediate_size=4 * H, max_position_embeddings=514, type_vocab_size=1, num_labels=CLASSES)
-    backbone = transformers.AutoModel.from_config(sizes, attn_implementation=args.attention)
+        vocab_size=len(tokenizer), hidden_size=width, num_hidden_layers=layers,
+        num_attention_heads=heads, intermediate_size=4 * width, max_position_embeddings=514,
+        type_vocab_size=1, num_labels=len(corpus.labels), pad_token_id=tokenizer.pad_token_id)
+    backbone = transformers.AutoModel.from_config(sizes, attn_implementation=attention)
     backbone.pooler = None
-    cfg = train.settings_for(config, "xpe", None, None) | {"amp": args.amp}
-    rng, B, out = np.random.default_rng(0), cfg["batch_size"], {}
-    ids = [rng.integers(5, vocabulary, n).tolist() for n in lengths]
-    labels = rng.integers(0, CLASSES, len(ids))
+    print(f"{args.size}, {'float32' if amp == 'off' else amp}, {attention}")
+    cfg = dict(train.settings_for(config, "xpe", None, None), amp=amp)
+    job = train.Job(config, cfg, "xpe", None, "joshi5", sources, corpus, {}, "prompt", max_length)
+    return Setup(job, task, test, backbone, sizes, tokenizer, device)
 
-    def enter(name, of, run, module, batches, trains=True):     # batches: the lengths of their texts
-        n = np.concatenate(batches)
-        area = sum(len(b) * b.max() for b in batches)           # of the text: prompt rows need no padding
-        out[name] = SimpleNamespace(run=run, module=module, of=of, trains=trains, steps=len(batches),
-                                    rows=len(n), tokens=n.sum() + P * len(n), rates=[],
-                                    padding=1 - n.sum() / area if of else 0)
 
-    for K in map(int, args.seeds.split(",")):
-        orders = [length_batches(lengths, B, seed, 0) for seed in range(K)]     # train.py's first epoch
-        batches = [lengths[np.concatenate(step)] for step in zip(*orders)]
-        batches = batches[:max(2, (args.steps or len(batches)) // K)]
-        model, autocast, run = ours(backbone, ids, labels, K, config, cfg, device)
-        enter(f"ours x {K}", f"floor x {K}", run, model, batches)
-        enter(f"floor x {K}", "", floor(backbone, autocast, batches, device), backbone, batches)
-        if K == 1 and find_spec("micm_nlp"):        # as many batches of the Trainer's own order of an epoch
-            own = np.split(grouped(lengths.tolist(), B), range(B, len(lengths), B))
-            own = own[::max(1, len(own) // len(batches))][:len(batches)]
-            rows = np.concatenate(own)
-            peer, run = toolkit(sizes, [ids[i] for i in rows], labels[rows], cfg, device, args.tokenizer)
-            enter("toolkit", "floor x 1", run, peer, [lengths[b] for b in own])
-    batches = [tests[b] for b in token_batches(tests, cfg["tokens"], P)]
-    batches = batches if device.type == "cuda" else batches[len(batches) // 24::-(-len(batches) // 12)]
-    texts = [rng.integers(5, vocabulary, n).tolist() for n in np.concatenate(batches)]
-    enter("evaluation", "its floor", lambda steps: predict(model, texts, PAD, None, cfg["tokens"], autocast),
-          model, batches, trains=False)
-    enter("its floor", "", floor(backbone, autocast, batches, device, backward=False), backbone, batches,
-          trains=False)
-    return out
+def first_epoch(task, batch_size, K):
+    """-> the lengths of the texts in each joint batch of train.py's first epoch with K learners."""
+    orders = [length_batches(task.lengths, batch_size, seed, epoch=0) for seed in range(K)]
+    return [task.lengths[np.concatenate(indices)] for indices in zip(*orders)]
+
+
+def make_contenders(setup, learner_counts, steps):
+    """-> all Contenders, in the order of the table. `steps`: K times the steps of a turn; 0: an epoch."""
+    contenders = []
+    for K in learner_counts:
+        batches = first_epoch(setup.task, setup.job.cfg["batch_size"], K)
+        batches = batches[:max(2, (steps or len(batches)) // K)]
+        ours = Ours(setup, K, batches)
+        ours.floor = Floor(f"floor x {K}", setup, ours.autocast, batches)
+        contenders += [ours, ours.floor]
+    first = contenders[0]
+    if find_spec("micm_nlp"):
+        toolkit = Toolkit(setup, len(first.batches))
+        toolkit.floor = first.floor
+        contenders.append(toolkit)
+    else:
+        print("toolkit: left out, for micm-nlp is not installed (pip install micm-nlp)")
+    evaluation = Evaluation(setup, first, setup.job.cfg["tokens"])
+    evaluation.floor = Floor("its floor", setup, first.autocast, evaluation.batches, trains=False)
+    return contenders + [evaluation, evaluation.floor]
+
+
+# ---- Measuring --------------------------------------------------------------------------------------
+
+def take_turns(contenders, turns, on_gpu):
+    """Let all contenders run one after the other, `turns` times, after a warm-up."""
+    for contender in contenders:
+        contender.run(WARM_UP_STEPS)
+    for _ in range(turns):
+        for contender in contenders:
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats()
+                held = torch.cuda.memory_allocated()
+            contender.seconds.append(contender.run(len(contender.batches)))
+            if on_gpu:
+                contender.gigabytes = (torch.cuda.max_memory_allocated() - held) / 1e9
+
+
+def show_table(contenders, batch_size, prompt_length):
+    """One line a contender. A step is one of one learner; ratios compare tokens a second."""
+    rates = {}
+    for contender in contenders:
+        rates[contender.name] = contender.count_tokens(prompt_length) / np.array(contender.seconds)
+    print(f"\n{'':<12}{'steps/s':>9}{'sentences/s':>13}{'of floor':>10}{'x toolkit':>11}"
+          f"{'padding':>9}{'GB':>7}")
+    for contender in contenders:
+        rate = rates[contender.name]
+        sentences = contender.count_texts() / np.median(contender.seconds)
+        steps = of_floor = times_toolkit = gigabytes = "-"
+        if contender.trains:
+            steps = f"{sentences / batch_size:.2f}"
+        if contender.floor:
+            of_floor = f"{np.median(rate / rates[contender.floor.name]):.2f}"
+        if contender.trains and "toolkit" in rates:
+            times_toolkit = f"{np.median(rate / rates['toolkit']):.2f}"
+        if contender.gigabytes:
+            gigabytes = f"{contender.gigabytes:.2f}"
+        print(f"{contender.name:<12}{steps:>9}{sentences:>13.0f}{of_floor:>10}{times_toolkit:>11}"
+              f"{contender.padding():>9.1%}{gigabytes:>7}")
+
+
+def describe_machine(device):
+    """What the figures were measured on."""
+    if device.type == "cuda":
+        machine = torch.cuda.get_device_name(device)
+    else:
+        instructions = torch.backends.cpu.get_cpu_capability()
+        machine = f"CPU with {instructions}, {torch.get_num_threads()} threads"
+    return f"{machine}; torch {torch.__version__}, transformers {transformers.__version__}"
 
 
 def main(argv=None):
-    """The command line, the table."""
+    """Set up, take turns, print the table -> exit status."""
     parser = argparse.ArgumentParser(description="Speed beside the bare backbone and the authors' toolkit.")
-    parser.add_argument("--size", choices=SIZES, default="tiny")
-    parser.add_argument("--device", default="auto", help="cpu, cuda (default: auto)")
-    parser.add_argument("--amp", choices=("bf16", "off"), default="bf16")
-    parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa", help="not the toolkit's")
-    parser.add_argument("--data", default=str(HERE / "sample" / "sib200"), help="a corpus, as for train.py")
-    parser.add_argument("--tokenizer", default=str(HERE / "sample" / "backbone"), help="a folder or hub name")
-    parser.add_argument("--seeds", default="1,3,10", help="K: numbers of seeds trained in one pass")
-    parser.add_argument("--steps", type=int, default=0, help="K x steps of one turn (default: an epoch)")
-    parser.add_argument("--repeats", type=int, default=3, help="turns of each; medians are printed")
+    add = parser.add_argument
+    add("--size", choices=SIZES, default="tiny")
+    add("--device", default="auto", help="cpu, cuda (default: auto)")
+    add("--amp", choices=("auto", "bf16", "off"), default="auto", help="precision (default: auto)")
+    add("--attention", choices=("auto", "sdpa", "eager"), default="auto",
+        help="the backbone's; the toolkit keeps transformers' default (default: auto)")
+    add("--data", default=str(HERE / "sample" / "sib200"), help="a corpus, as for train.py")
+    add("--tokenizer", default=str(HERE / "sample" / "backbone"), help="a folder, or a model on the hub")
+    add("--learners", default="1,3,10", metavar="K,K,...", help="learners of a pass (default: 1,3,10)")
+    add("--steps", type=int, default=0, help="K x steps of one turn (default: an epoch's)")
+    add("--turns", type=int, default=3, help="turns of each contender (default: 3)")
     args = parser.parse_args(argv)
-    config, device = load_config(), pick_device(args.device)
-    gpu = device.type == "cuda"
-    machine = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{args.size}, {args.amp}, {args.attention}; {machine}; torch {torch.__version__}, "
-          f"transformers {transformers.__version__}")
-    lengths, tests = sentence_lengths(args, config)
-    table = contenders(args, config, device, lengths, tests)
-    for turn in range(args.repeats + 1):            # the first is the warm-up
-        for x in table.values():
-            if gpu:
-                torch.cuda.reset_peak_memory_stats()
-                others = torch.cuda.memory_allocated() - sum(p.nbytes for p in x.module.parameters())
-            start = timer()         # waits for the GPU
-            took = x.run(x.steps if turn else 4)
-            took = took if isinstance(took, float) else timer() - start       # the toolkit says it itself
-            if turn:
-                x.rates.append(x.tokens / took)
-            x.gb = f"{(torch.cuda.max_memory_allocated() - others) / 1e9:.2f}" if gpu else "-"
-
-    print(f"\n{'':<12} run-steps/s sentences/s of floor x toolkit padding    GB")
-    for name, x in table.items():
-        x.rate = np.median(x.rates)                 # real tokens a second, the prompt's rows among them
-        steps = x.rate / (config["train"]["batch_size"] * (lengths.mean() + P))     # of average length
-        against = [f"{np.median(np.divide(x.rates, table[other].rates)):.3f}" if other in table else "-"
-                   for other in (x.of, "toolkit")]
-        print(f"{name:<12}{f'{steps:.2f}' if x.trains else '-':>12}{x.rate * x.rows / x.tokens:>12.0f}"
-              f"{against[0]:>9}{against[1] if x.trains else '-':>10}{x.padding:>8.1%}{x.gb:>6}")
-    if gpu:
-        bare = next(x for name, x in table.items() if name.startswith("floor"))
-        with FlopCounterMode(display=False) as counter:
-            bare.run(bare.steps)
-        a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
-        card = 2 * 8192 ** 3 / Timer("a @ a", globals={"a": a}).blocked_autorange(min_run_time=1).median
-        used = counter.get_total_flops() / bare.tokens / card       # seconds of the card for a token
-        print(f"share of the {card / 1e12:.0f} TFLOP/s of a large bf16 matrix product: "
-              + ", ".join(f"{name} {x.rate * used:.0%}" for name, x in table.items() if x.trains))
+    device = pick_device(args.device)
+    print(describe_machine(device))
+    setup = read_setup(args, device)
+    learner_counts = [int(K) for K in args.learners.split(",")]
+    contenders = make_contenders(setup, learner_counts, args.steps)
+    take_turns(contenders, args.turns, device.type == "cuda")
+    show_table(contenders, setup.job.cfg["batch_size"], setup.prompt_length)
+    return 0
 
 
 if __name__ == "__main__":
