@@ -519,7 +519,7 @@ def test_a_corpus_is_a_folder_or_on_the_hub(client, corpus_folder, monkeypatch):
     assert data.locate(str(corpus_folder)) == (inner, "local")
     monkeypatch.setenv("HOME", str(corpus_folder))
     assert data.locate("~/eng_Latn") == (corpus_folder / "eng_Latn", "local")
-    for name in ("/no/where", "nowhere", "a/b/c", "../x"):
+    for name in ("/no/where", "nowhere", "a/b/c", "../no-where"):
         with pytest.raises(FileNotFoundError, match="neither a folder nor a dataset"):
             data.locate(name)
     assert client.calls == []
