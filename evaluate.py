@@ -22,7 +22,6 @@ import csv
 import hashlib
 import io
 import json
-import os
 import re
 import shlex
 import sys
@@ -41,9 +40,6 @@ from backbone import (check_backbone, load_backbone, pick_attention, pick_device
 from config import dump_config, read_config, resolve_group, warn
 from data import (LABELS, SPLITS, Corpus, collate, download, encode, fingerprint, locate, nearest,
                   run_main, token_batches)
-
-# On a CPU oneDNN would keep its code for 1,024 shapes: 3.0 GB after 205 languages instead of 1.4
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 
 # ---- Predictions ----
