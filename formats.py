@@ -49,7 +49,10 @@ def read_authors(folder):
         # these two names are longer in the state of a PeftModel than in the files it saves
         name = name.replace("base_model.model.", "base_model.")
         name = name.replace("prompt_encoder.default.", "prompt_encoder.")
-        tensors[rename(name, NAMES_OF_THE_AUTHORS)] = tensor
+        name = rename(name, NAMES_OF_THE_AUTHORS)
+        if name in tensors:
+            raise ValueError(f"{path}: adapter_model.safetensors holds two tensors for {name!r}")
+        tensors[name] = tensor
 
     # authors' code: in the files that came with the paper, `embedding` of an XPE is what is encoded
     ratio = config["encoder_ratio"]
@@ -109,8 +112,8 @@ def meta_of_the_authors(config, tensors):
         "labels": [str(number) for number in range(classes)],
         "max_length": 164,      # authors' code: their setting for SIB-200; the files do not say it
         "backbone": {
-            "name": str(config.get("base_model_name_or_path")),
-            "revision": "main",
+            "name": str(config.get("base_model_name_or_path") or "unnamed backbone"),
+            "revision": str(config.get("revision") or "main"),
             "type": "xlm-roberta",
         },
         "training": {},

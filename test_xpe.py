@@ -218,6 +218,17 @@ def attention_by_hand(weights, x, heads):
     return x @ weights["0.out_proj.weight"].T + weights["0.out_proj.bias"]
 
 
+def encode_by_hand(kind, weights, x, layers, heads):
+    """The encoded rows (P, H) of the embedding x (P, H), by an encoder of one of xpe.ENCODERS."""
+    if kind == "mlp":
+        return mlp_by_hand(weights, "", x)
+    if kind == "lstm":
+        return mlp_by_hand(weights, "mlp.", lstm_by_hand(weights, x, layers))
+    if kind == "attention":
+        return mlp_by_hand(weights, "1.", attention_by_hand(weights, x, heads))
+    return x
+
+
 @torch.no_grad()
 def prompt_by_hand(prompt):
     """The matrix (P, H) of a SoftPrompt: standard rows, then encoded rows."""
@@ -225,18 +236,9 @@ def prompt_by_hand(prompt):
     if prompt.standard is not None:
         rows += list(prompt.standard)
     if prompt.encoded is not None:
-        x = prompt.encoded
         weights = dict(prompt.encoder.named_parameters())
-        kind = prompt.config["encoder"]
-        if kind == "mlp":
-            x = mlp_by_hand(weights, "", x)
-        elif kind == "lstm":
-            x = lstm_by_hand(weights, x, prompt.config["layers"])
-            x = mlp_by_hand(weights, "mlp.", x)
-        elif kind == "attention":
-            x = attention_by_hand(weights, x, prompt.config["heads"])
-            x = mlp_by_hand(weights, "1.", x)
-        rows += list(x)
+        rows += list(encode_by_hand(prompt.config["encoder"], weights, prompt.encoded,
+                                    prompt.config["layers"], prompt.config["heads"]))
     return torch.stack(rows)
 
 
@@ -658,11 +660,12 @@ def remove(name):
     (change_tensor("prompt.standard", None), "prompt.json: the tensor 'prompt.standard' is missing"),
     (change_tensor("head.out_proj.bias", None), "the tensor 'head.out_proj.bias' is missing"),
     (change_tensor("prompt.more", torch.ones(2)), "the tensor 'prompt.more' is unknown"),
+    (change_json("prompt", "ratio", 0), "the tensor 'prompt.encoded' is unknown"),
     (change_tensor("prompt.standard", torch.ones(4, H)), r"is \(4, 16\), expected \(3, 16\)"),
     (change_tensor("head.out_proj.bias", torch.tensor([1, math.nan, 1])), "hold finite numbers"),
     (change_tensor("head.out_proj.bias", torch.ones(3, dtype=torch.int32)), "hold finite numbers"),
-    (change_json("prompt", "ratio", 0.9), r"'prompt.standard' is \(3, 16\), expected \(1, 16\)"),
-    (change_json("prompt", "ratio", 1), "the tensor 'prompt.standard' is unknown"),
+    (change_json("prompt", "ratio", 0.9), r"'prompt.encoded' is \(3, 16\), expected \(5, 16\)"),
+    (change_json("prompt", "ratio", 1), r"'prompt.encoded' is \(3, 16\), expected \(6, 16\)"),
     (change_json("prompt", "encoder", "lstm"), "the tensor 'prompt.encoder.* is missing"),
     (change_json("prompt", "encoder", "gru"), "prompt.encoder must be one of .* not 'gru'"),
     (change_json("prompt", "width", "16"), "prompt.width must be a whole number .* not '16'"),
@@ -671,7 +674,7 @@ def remove(name):
     (change_json("prompt", "more", 1), "prompt: .*unexpected keyword argument 'more'"),
     (change_json("prompt", None), "the tensor 'prompt.* is unknown"),
     (change_json("prompt", [1]), "prompt.json: prompt"),
-    (change_json("head", "classes", 4), r"'head.out_proj.weight' is \(3, 16\), expected \(4, 16\)"),
+    (change_json("head", "classes", 4), r"'head.out_proj.bias' is \(3,\), expected \(4,\)"),
     (change_json("head", None), "head must be an object, not None"),
     (change_json("head", 3), "head must be an object, not 3"),
     (change_json("labels", ["a", "b"]), "2 labels, but 3 classes"),

@@ -1,11 +1,11 @@
 """Soft prompts for a frozen encoder: SPT, XPE and DUAL, the method of the paper in plain torch.
 
-"Cross-Prompt Encoder for Low-Performing Languages" (Findings of IJCNLP-AACL 2025, arXiv 2508.10352).
+"Cross-Prompt Encoder for Low-Performing Languages", Findings of IJCNLP-AACL 2025, arXiv 2508.10352.
 Copy this file: it needs torch alone (safetensors to save and load), and as backbone any module with
 `get_input_embeddings()` that takes `inputs_embeds` and `attention_mask`.
 
     backbone = AutoModel.from_pretrained("FacebookAI/xlm-roberta-large", add_pooling_layer=False)
-    prompt = SoftPrompt(width=1024, ratio=1.0)          # ratio 0.0 is SPT, 1.0 XPE, between them DUAL
+    prompt = SoftPrompt(width=1024, ratio=1.0)      # ratio 0.0 is SPT, 1.0 XPE, between them DUAL
     model = PromptedClassifier(backbone, prompt, ClassificationHead(1024, classes=7))
     logits = model(input_ids, attention_mask)           # trains 1,668,615 numbers of 560 million
 
@@ -26,7 +26,7 @@ KINDS = ("spt", "xpe", "dual", "head", "full")      # the methods that a saved p
 ENCODERS = ("mlp", "lstm", "attention", "none")
 READS = ("prompt", "first", "mean", "last")         # what the classification head may look at
 FORMAT = 2                                          # of prompt.json
-LARGEST_SIZE = 65_535                               # of a width or length; a file from elsewhere may lie
+LARGEST_SIZE = 65_535           # of a width or length: a file from elsewhere may say anything
 
 
 def check_size(name, value, smallest=1, largest=LARGEST_SIZE):
@@ -48,7 +48,7 @@ def check_dropout(name, value):
         raise ValueError(f"{name} must be at least 0 and below 1, not {value!r}")
 
 
-# ---- Encoders: what makes rows of a prompt out of an embedding, (B, P, H) -> (B, P, H) -------------
+# ---- Encoders: what makes rows of a prompt out of an embedding, (B, P, H) -> (B, P, H) -----------
 # Their parameters have the names that the authors' files give them.
 
 def make_mlp(n_in, hidden, n_out, layers, dropout):
@@ -82,7 +82,7 @@ class LSTMEncoder(nn.Module):
 
 
 class SelfAttentionBlock(nn.Module):
-    """authors' code: one post-norm multi-head self-attention over the virtual tokens, Linear(H, H)."""
+    """authors' code: post-norm multi-head self-attention over the virtual tokens, Linear(H, H)."""
 
     def __init__(self, width, heads, dropout):
         super().__init__()
@@ -112,7 +112,7 @@ def make_encoder(kind, width, hidden, layers, dropout, heads):
     return nn.Identity()
 
 
-# ---- The three prompts ------------------------------------------------------------------------------
+# ---- The three prompts ---------------------------------------------------------------------------
 
 def count_encoded_rows(length, ratio):
     """How many of `length` prompt rows are encoded: int(length x ratio), in DUAL at least one and
@@ -216,7 +216,7 @@ class ClassificationHead(nn.Module):
         return self.out_proj(self.dropout(h))
 
 
-# ---- Where the prompt goes, and what the head reads ---------------------------------------------------
+# ---- Where the prompt goes, and what the head reads ----------------------------------------------
 
 class PromptedClassifier(nn.Module):
     """A frozen backbone that reads a prompt in front of each text, and a head that classifies.
@@ -321,7 +321,7 @@ class PromptedClassifier(nn.Module):
         if P + T > limit:
             # on a GPU the backbone itself would only say "device-side assert"
             raise ValueError(f"{P} prompt rows + {T} text tokens = {P + T} exceed the {limit} "
-                             f"positions of the backbone: texts may have {limit - P} tokens at most")
+                             f"positions of the backbone: a text may have {limit - P} tokens")
         # Left padding would shift the positions of the text. Looked for on the CPU only: on a GPU
         # the look would make every step wait.
         if attention_mask.device.type == "cpu" and not attention_mask[:, 0].all():
@@ -352,7 +352,7 @@ def positions(backbone):
     return limit - padding_index - 1
 
 
-# ---- A prompt on disk: prompt.safetensors (the trained tensors), prompt.json (how to use them) -------
+# ---- A prompt on disk: prompt.safetensors (the trained tensors), prompt.json (how to use them) ---
 
 def write_atomically(path, content):
     """Write bytes, or what content(file) writes: `path` is the old file or the whole new one."""
@@ -392,7 +392,7 @@ def read_json(path):
 
 
 def read_tensors(path):
-    """The tensors of a .safetensors file; ValueError with the path if it is cut short or damaged."""
+    """The tensors of a .safetensors file; ValueError with the path if it is damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load
     damage = (SafetensorError, ValueError, KeyError, TypeError, OverflowError, RuntimeError)
@@ -422,8 +422,8 @@ def save_prompt(folder, prompt, head, meta):
 def load_prompt(folder):
     """Read what save_prompt wrote -> (SoftPrompt or None, ClassificationHead, meta).
 
-    meta, from prompt.json: kind, prompt and head (constructor arguments), reads, labels, max_length,
-    backbone {name, revision, ...}, training {...}, and whatever else was saved with it.
+    meta, from prompt.json: kind, prompt and head (constructor arguments), reads, labels,
+    max_length, backbone {name, revision, ...}, training {...}, and whatever else was saved.
     Raises FileNotFoundError, or ValueError with the file and what is wrong in it.
     """
     path = Path(folder) / "prompt.json"
@@ -441,8 +441,10 @@ def load_prompt(folder):
 
 
 def restore_prompt(meta, tensors):
-    """-> (SoftPrompt or None, ClassificationHead) from what prompt.json and prompt.safetensors hold.
-    Raises ValueError for anything that is missing, of another type or shape, or not finite."""
+    """What prompt.json and prompt.safetensors hold -> (SoftPrompt or None, ClassificationHead).
+
+    Raises ValueError for anything that is missing, of another type or shape, or not finite.
+    """
     check_meta(meta)
     modules = nn.ModuleDict()
     for section, module_class in (("prompt", SoftPrompt), ("head", ClassificationHead)):
@@ -450,7 +452,7 @@ def restore_prompt(meta, tensors):
         if arguments is None and section == "prompt":
             continue
         try:
-            # on the meta device: no memory is taken before the file has shown tensors of such shapes
+            # on the meta device, without memory, until the file has shown tensors of such shapes
             with torch.device("meta"):
                 modules[section] = module_class(**arguments)
         except (TypeError, RuntimeError) as error:
@@ -490,7 +492,8 @@ def check_tensors(expected, tensors):
     for name in expected:
         if name not in tensors:
             raise ValueError(f"the tensor {name!r} is missing")
-    for name, tensor in tensors.items():
+    for name in sorted(tensors):        # safetensors gives them in any order
+        tensor = tensors[name]
         if name not in expected:
             raise ValueError(f"the tensor {name!r} is unknown")
         shape = tuple(expected[name].shape)
