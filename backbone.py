@@ -93,8 +93,9 @@ def pick_attention(attention, device, precision):
 
     ours, measured with XLM-R of 3 layers x 192 and 6 x 256, one thread, 32 texts of 80 positions.
     float32 on an AVX2 CPU: eager takes 0.96 to 1.03 of sdpa's time for a training step with
-    dropout, 0.94 to 1.23 without, and 1.05 to 1.18 to evaluate. bf16 on a CPU that has it (6 x 256):
-    eager makes 4.9 training steps a second and sdpa 4.6 with dropout, 7.9 and 5.0 without.
+    dropout, 0.94 to 1.23 without, and 1.05 to 1.18 to evaluate. bf16 on a CPU that has it
+    (6 x 256): eager makes 4.9 training steps a second and sdpa 4.6 with dropout, 7.9 and 5.0
+    without.
     """
     if attention != "auto":
         return attention
@@ -135,8 +136,8 @@ def load_backbone(name, revision="main", attention="sdpa", trust_remote_code=Fal
 
     identity: {name, revision (the commit, or "local"), type, fingerprint (of the weights)}. The
     pooler is taken away; of an encoder-decoder the encoder is returned, and the type says so. A
-    model without sdpa attention gets eager, with a warning. Raises ValueError if weights are missing
-    or the tokenizer does not fit, and OSError with one line if the backbone cannot be had.
+    model without sdpa attention gets eager, with a warning. Raises ValueError if weights are
+    missing or the tokenizer does not fit, and OSError if the backbone cannot be had.
     """
     import transformers
     transformers.logging.set_verbosity_error()      # or it reports the unused language-model head
@@ -268,8 +269,8 @@ MIN_VOCABULARY = 0.5    # share of the embedding rows; most models pad their tab
 # The trial: two prompt rows before a short text, alone and beside a longer one.
 TRIAL_PROMPT = 2
 TRIAL_TEXTS = ("The river rises.",
-               "A much longer sentence stands beside it in the same batch, and it should not matter "
-               "at all for the answer.")
+               "A much longer sentence stands beside it in the same batch, and it should not "
+               "matter at all for the answer.")
 TRIAL_TOKENS = 16       # at most, so that the trial fits any table of positions
 # Relative change of what the head reads by a neighbour in the batch. Rounding gives about 1e-6.
 PADDING_WARNS = 1e-4
@@ -282,11 +283,11 @@ def check_vocabulary(backbone, tokenizer, identity):
     rows = embedding_table(backbone, identity).shape[0]
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest >= rows:
-        raise ValueError(f"{name}: the tokenizer has ids up to {largest}, the backbone {rows} rows of "
-                         "word embeddings: tokens were added without resize_token_embeddings")
+        raise ValueError(f"{name}: the tokenizer has ids up to {largest}, the backbone {rows} rows "
+                         "of word embeddings: tokens were added without resize_token_embeddings")
     if len(tokenizer) < MIN_VOCABULARY * rows:
-        raise ValueError(f"{name}: the tokenizer has {len(tokenizer)} tokens, the backbone {rows} rows "
-                         "of word embeddings: tokenizer files are missing, or are another model's")
+        raise ValueError(f"{name}: the tokenizer has {len(tokenizer)} tokens, the backbone {rows} "
+                         "rows of word embeddings: tokenizer files are missing, or another model's")
 
 
 def check_backbone(backbone, tokenizer, identity, reads, texts=PROBES):
@@ -294,8 +295,8 @@ def check_backbone(backbone, tokenizer, identity, reads, texts=PROBES):
 
     reads: prompt.reads. texts: what the tokenizer must know, best some of the texts to train on.
     Raises ValueError, one line with the type of the backbone, if the tokenizer knows next to
-    nothing, if the backbone cannot be used with a prompt, if the head would see nothing of the text,
-    or if padding changes what it sees; warns if padding changes it a little.
+    nothing, if the backbone cannot be used with a prompt, if the head would see nothing of the
+    text, or if padding changes what it sees; warns if padding changes it a little.
     """
     check_vocabulary(backbone, tokenizer, identity)
     check_unknown(tokenizer, identity, texts)
@@ -385,8 +386,8 @@ def check_unknown(tokenizer, identity, texts):
         ids += [token for token in tokenizer(text)["input_ids"] if token not in special]
     unknown = ids.count(tokenizer.unk_token_id)
     if unknown >= MAX_UNKNOWN * len(ids):
-        raise ValueError(f"{describe(identity)}: its tokenizer does not know {unknown} of {len(ids)} "
-                         "tokens: tokenizer files are missing, or are another model's")
+        raise ValueError(f"{describe(identity)}: its tokenizer does not know {unknown} of "
+                         f"{len(ids)} tokens: tokenizer files are missing, or another model's")
 
 
 def report_padding(change, name, reads):

@@ -8,6 +8,7 @@ checks what is laid over it: every key, type and range, against config.yaml itse
     config["train"]["steps"]                                            # 100
     resolve_group(config, "all_without_joshi5")                         # 198 language codes
 """
+import copy
 import re
 import sys
 from pathlib import Path
@@ -56,7 +57,8 @@ def warn(line):
 
 PLAIN_TAGS = ("str", "int", "float", "bool", "null", "map", "seq")
 PLAIN_INT = re.compile(r"[-+]?(0|[1-9][0-9]{0,17})")
-PLAIN_FLOAT = re.compile(r"[-+]?[0-9]+\.[0-9]*([eE][-+][0-9]+)?|[-+]?\.inf|\.nan", re.IGNORECASE)
+PLAIN_FLOAT = re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)(e[-+][0-9]+)?|[-+]?\.inf|\.nan",
+                         re.IGNORECASE)
 PLAIN_BOOL = re.compile(r"true|false", re.IGNORECASE)
 
 
@@ -172,9 +174,18 @@ def read_yaml(path):
     return value
 
 
+class PlainDumper(yaml.SafeDumper):
+    """PyYAML's safe dumper, which writes a list again where it stands a second time."""
+
+    def ignore_aliases(self, data):
+        """An alias (*name) would be refused when the file is read."""
+        return True
+
+
 def dump_config(config):
     """A configuration as YAML -> bytes; read_yaml gives the same dict back."""
-    return yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode()
+    text = yaml.dump(config, Dumper=PlainDumper, sort_keys=False, allow_unicode=True)
+    return text.encode()
 
 
 # ---- reading and checking ----
@@ -186,7 +197,7 @@ def read_config(path=None, settings=()):
     change the default ones. Raises ValueError that says where, which key, and what is possible.
     """
     config = read_yaml(HERE / "config.yaml")
-    defaults = read_yaml(HERE / "config.yaml")
+    defaults = copy.deepcopy(config)
     # `adapt` and `full` hold what differs from `train`, so any key of `train` may stand there
     training = {**defaults["train"], "prompt_dropout": 0.0}
     defaults["adapt"] = training

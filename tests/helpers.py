@@ -67,7 +67,8 @@ def tiny_config(kind, **changes):
         for extra in (ENCODERS, DECODERS, MISFITS):
             sizes.update(extra.get(kind, {}))
     if kind == "distilbert":        # it has other names for these
-        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads",
+                     "intermediate_size"):
             del sizes[name]
     sizes.update(changes)
     return transformers.AutoConfig.for_model(kind, **sizes)
