@@ -8,11 +8,11 @@ The paper's method and experimental setup; config.yaml holds the recipe, setting
     python train.py --sources config.yaml --adapt runs/xpe-joshi5-s11 --group diverse_unseen
     torchrun --nproc_per_node=2 train.py ... --seeds 11-14          # each process trains its share
 
-A *learner* is one prompt in training: its seed, data, prompt, head, optimizer and schedule. Learners
-with equally many sentences (ten seeds, say) share a *pass*: their batches go through the frozen
-backbone side by side. One learner alone is the paper's case, and the loop reads the same.
+A *learner* is one prompt in training: its seed, data, prompt, head, optimizer and schedule.
+Learners with equally many sentences (ten seeds, say) share a *pass*: their batches go through the
+frozen backbone side by side. One learner alone is the paper's case, and the loop reads the same.
 
-Read downwards: data of a task, rates, the learner, checkpoints, `train` (the loop), the command line.
+Read downwards: data, rates, the learner, checkpoints, `train` (the loop), the command line.
 """
 import signal
 if __name__ == "__main__":      # while torch is imported, Ctrl-C is no traceback: see data.run_main
@@ -57,10 +57,10 @@ MEMORY_SETTINGS = ("learners_at_once", "tokens")
 DIVERGED = "diverged.txt"
 
 
-# ---- The data of a task ------------------------------------------------------------------------------
+# ---- The data of a task --------------------------------------------------------------------------
 
 class Task:
-    """Training and dev sentences of some languages, tokenized; all seeds that train on them share it."""
+    """Training and dev sentences of some languages, tokenized; all seeds share them."""
 
     def __init__(self, corpus, languages, tokenizer, max_length, balanced):
         self.languages = languages
@@ -74,7 +74,8 @@ class Task:
             sentences += of_split
             cut += n_cut
         if cut:
-            warn(f"{cut:,} of {len(sentences):,} texts cut at {max_length} tokens (data.max_length)")
+            warn(f"{cut:,} of {len(sentences):,} texts cut at {max_length} tokens "
+                 f"(data.max_length)")
         self.fingerprint = fingerprint(sentences)
         self.lengths = np.array([len(ids) for ids in self.ids["train"]])
         self.class_weights = torch.ones(len(corpus.labels))
@@ -84,7 +85,7 @@ class Task:
             self.class_weights = torch.tensor(weights, dtype=torch.float32)
 
 
-# ---- Rates: which tensor moves how fast ----------------------------------------------------------------
+# ---- Rates: which tensor moves how fast ----------------------------------------------------------
 
 def parameter_groups(modules, cfg):
     """Trainable tensors with their rates, as torch's optimizers take them: [{params, lr, ...}].
@@ -126,7 +127,7 @@ def make_schedule(optimizer, steps, cfg):
         optimizer, warmup, steps, num_cycles=cfg["cycles"])
 
 
-# ---- The learner ----------------------------------------------------------------------------------------
+# ---- The learner ---------------------------------------------------------------------------------
 
 @dataclass
 class Progress:
@@ -143,7 +144,7 @@ class Progress:
 
 
 class Learner:
-    """One prompt in training: its folder, seed and languages, and in a pass its modules and optimizer."""
+    """One prompt in training: its folder, seed and data; in a pass its modules and optimizer."""
 
     def __init__(self, folder, seed, languages, meta):
         self.folder, self.seed, self.languages = Path(folder), seed, languages
@@ -157,7 +158,7 @@ class Learner:
     # -- its folder
 
     def saved_training(self):
-        """What prompt.json says of the training, or None if this run has not ended with a prompt."""
+        """What prompt.json says of the training, or None if the run has not ended with a prompt."""
         try:
             training = xpe.read_json(self.folder / "prompt.json")["training"]
         except (OSError, ValueError, KeyError):
@@ -170,11 +171,11 @@ class Learner:
         return training
 
     def is_over(self):
-        """Whether there is nothing left to train: it has a prompt, or it diverged before it had one."""
+        """Whether nothing is left to train: it has a prompt, or diverged before it had one."""
         return self.saved_training() is not None or (self.folder / DIVERGED).is_file()
 
     def check_settings(self, saved, path):
-        """Raise ValueError if `saved` settings, found at `path`, are not the settings of this run."""
+        """Raise ValueError if `saved` settings, found at `path`, are not those of this run."""
         if not isinstance(saved, dict):
             raise ValueError(f"{path}: holds no settings")
         for key, value in self.meta["training"]["settings"].items():
@@ -186,7 +187,7 @@ class Learner:
                              f"the same settings only{hint}")
 
     def claim_folder(self, resume):
-        """Make the folder ours, against every other process. Raises FileExistsError if it is taken."""
+        """Make the folder ours, against all other processes; FileExistsError if it is taken."""
         try:
             self.folder.mkdir(parents=True, exist_ok=resume)
         except FileExistsError:
@@ -219,7 +220,7 @@ class Learner:
     # -- its modules
 
     def build(self, job, backbone):
-        """Make prompt and head, from the seed or as the source run left them; `full` tunes the backbone."""
+        """Make prompt and head, from the seed or as the source run left them."""
         torch.manual_seed(self.seed)
         prompt_width, head_width = xpe.widths(backbone)
         self.backbone = None
@@ -266,6 +267,10 @@ class Learner:
         self.schedule.step()
         self.optimizer.zero_grad()
 
+    def order_batches(self, epoch, batch_size):
+        """The batches of an epoch, lists of sentences' numbers: see data.length_batches."""
+        return length_batches(self.task.lengths, batch_size, self.seed, epoch)
+
     def tensors(self):
         """A copy of its modules' tensors on the CPU, by name of the module."""
         copies = {}
@@ -282,7 +287,7 @@ class Learner:
                     loss_sum=self.loss_sum.cpu())
 
     def load_state_dict(self, state, path):
-        """Go on from `state`, read from `path`. Raises ValueError if it is not a state of this run."""
+        """Go on from `state`, read from `path`; ValueError if it is not a state of this run."""
         # a step with zero gradients fills the optimizer's state: the checkpoint must look like it
         for parameter in self.parameters:
             parameter.grad = torch.zeros_like(parameter)
@@ -309,7 +314,7 @@ class Learner:
     # -- its results
 
     def record_evaluation(self, step, steps, logits, train_loss, cfg):
-        """Take in logits (n, C) on its dev split: keep the best tensors, log, decide whether to stop."""
+        """Take in logits (n, C) of the dev split: keep the best tensors, log, decide on a stop."""
         progress = self.progress
         labels = self.task.labels["dev"]
         dev_loss = float(F.cross_entropy(logits, torch.from_numpy(labels)))
@@ -336,7 +341,7 @@ class Learner:
                        best=round(progress.best_accuracy, 4))
 
     def finish(self):
-        """Write the best tensors as a prompt folder; without any, say in a file why there are none."""
+        """Write the best tensors as a prompt folder; without any, write why there are none."""
         progress = self.progress
         if progress.stopped.startswith("diverged"):
             kept = "nothing good to keep; lower train.rate"
@@ -375,12 +380,12 @@ def head_dropout(config):
     return 0.1
 
 
-# ---- Checkpoints: one file for each pass -------------------------------------------------------------
+# ---- Checkpoints: one file for each pass ---------------------------------------------------------
 # pass.json in each folder names the learners of its pass; checkpoint.pt lies in the first one's.
 
 def save_checkpoint(learners, step):
-    """Write the state of a whole pass as one file: whenever the process dies, there is a step at which
-    all of its learners can go on together."""
+    """Write the state of a whole pass as one file: whenever the process dies, there is a step at
+    which all of its learners can go on together."""
     random = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         random["cuda"] = torch.cuda.get_rng_state()
@@ -391,14 +396,15 @@ def save_checkpoint(learners, step):
 
 
 def checkpoint_path(folder):
-    """Where the checkpoint of the pass lies in which the run of `folder` is trained: with the first of
-    its learners. Raises ValueError for a pass.json that names none."""
+    """Where the checkpoint lies of the pass that trains the run of `folder`: with the first of its
+    learners. Raises ValueError for a pass.json that names none."""
     path = Path(folder) / "pass.json"
     first = folder.name
     if path.is_file():
         names = xpe.read_json(path).get("learners")
         if not isinstance(names, list) or not names or not all(map(is_folder_name, names)):
-            raise ValueError(f"{path}: must name the learners of a pass; without it the run starts over")
+            raise ValueError(f"{path}: must name the learners of a pass; without it the run starts "
+                             f"over")
         first = names[0]
     return folder.parent / first / "checkpoint.pt"
 
@@ -424,7 +430,7 @@ def read_checkpoint(path):
 
 
 def restore_checkpoint(learners, state, path):
-    """Put learners back to where `state` (see read_checkpoint) has them -> the step they stand at."""
+    """Put learners back to where `state`, of read_checkpoint, has them -> the step it is of."""
     for learner in learners:
         try:
             learner.load_state_dict(state["learners"][learner.folder.name], path)
@@ -451,7 +457,7 @@ def damaged_checkpoint(path, error):
 
 
 def layout(value):
-    """A nest of dicts, lists, tensors and plain values without the values: its keys, shapes, types."""
+    """A nest of dicts, lists, tensors and plain values -> the same of keys, shapes and types."""
     if isinstance(value, dict):
         return {key: layout(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -462,8 +468,8 @@ def layout(value):
 
 
 class Interrupts:
-    """Ctrl-C and a scheduler's signals become a flag: the step ends and a checkpoint is written. The
-    second one ends the process at once."""
+    """Ctrl-C and a scheduler's signals become a flag: the step ends and a checkpoint is written.
+    The second one ends the process at once."""
 
     def __enter__(self):
         self.arrived = False
@@ -486,7 +492,7 @@ class Interrupts:
             signal.signal(number, handler)
 
 
-# ---- The loop --------------------------------------------------------------------------------------------
+# ---- The loop ------------------------------------------------------------------------------------
 
 def count_steps(cfg, n_sentences):
     """-> (steps of the whole run, steps of an epoch, batches of an epoch)."""
@@ -499,7 +505,7 @@ def count_steps(cfg, n_sentences):
 
 
 def join_batches(learners, orders, number, pad_id, device):
-    """Batch `number` of each learner, side by side -> input_ids, attention_mask (K*B, T), labels (K*B,)."""
+    """Batch `number` of each learner, side by side -> input_ids, mask (K*B, T), labels (K*B,)."""
     rows, labels = [], []
     for learner, order in zip(learners, orders):
         for i in order[number]:
@@ -533,8 +539,7 @@ def train(learners, model, autocast, cfg, pad_id, device, start=0, quiet=False):
             # each epoch has its own order, a pure function of seed and epoch
             epoch, position = divmod(step - 1, per_epoch)
             if orders is None or position == 0:
-                orders = [length_batches(learner.task.lengths, cfg["batch_size"], learner.seed, epoch)
-                          for learner in learners]
+                orders = [learner.order_batches(epoch, cfg["batch_size"]) for learner in learners]
             first = position * cfg["accumulate"]
             numbers = range(first, min(first + cfg["accumulate"], batches))
 
@@ -595,7 +600,7 @@ def cheap_dropout(device):
 
 
 def evaluate_learners(learners, model, step, steps, since, cfg, pad_id, autocast):
-    """Evaluate every learner on its own dev split, all in one go; `since`: steps since the last time."""
+    """Evaluate each learner on its own dev split, all in one go; since: steps since the last."""
     encoded, owner, sizes = [], [], []
     for k, learner in enumerate(learners):
         texts = learner.task.ids["dev"]
@@ -616,7 +621,8 @@ def show_progress(learners, progress_bar, step, steps, evaluate_every):
     progress_bar.set_postfix_str(f"dev accuracy {dev:.1f}, best {best:.1f}")
     if step * 8 // steps > (step - evaluate_every) * 8 // steps:
         of_several = f" (means of {len(learners)})" if len(learners) > 1 else ""
-        tqdm.write(f"step {step:>6,} of {steps:,}: dev accuracy {dev:.1f}, best {best:.1f}{of_several}")
+        tqdm.write(f"step {step:>6,} of {steps:,}: dev accuracy {dev:.1f}, best {best:.1f}"
+                   f"{of_several}")
 
 
 def finish_stopped(learners):
@@ -636,7 +642,7 @@ def join_learners(learners, backbone, reads):
     return xpe.PromptedClassifier(backbone, prompts, heads, reads)
 
 
-# ---- The command line ------------------------------------------------------------------------------------
+# ---- The command line ----------------------------------------------------------------------------
 
 @dataclass
 class Job:
@@ -694,7 +700,7 @@ def parse_seeds(text):
         low = int(match[1])
         high = int(match[2] or low)
         if not low <= high <= low + 999:
-            raise ValueError(f"--seeds {text}: from {low} to {high} is no range of 1 to 1,000 seeds")
+            raise ValueError(f"--seeds {text}: {low} to {high} are not 1 to 1,000 seeds")
         seeds += range(low, high + 1)
     if len(set(seeds)) != len(seeds):
         raise ValueError(f"--seeds {text}: names a seed twice")
@@ -712,7 +718,7 @@ def read_torchrun():
         return 0, 0, 1
     if len(given) < len(names):
         raise ValueError(f"of RANK, LOCAL_RANK and WORLD_SIZE only {', '.join(given)} is set: this "
-                         f"process would train a part of the seeds; use torchrun, or unset {given[0]}")
+                         f"process would train a part of the seeds; use torchrun, or unset it")
     try:
         rank, local_rank, world_size = [int(os.environ[name]) for name in names]
     except ValueError:
@@ -737,7 +743,9 @@ def settings_for(config, mode, adapt, steps):
             raise ValueError(f"train.{key} must be at least 1, not {cfg[key]}")
     if cfg["steps"] < 1 and cfg["epochs"] < 1:
         raise ValueError(f"--steps {cfg['steps']}: at least 1, or train.epochs")
-    cfg.update(mode=mode, dropout=config["backbone"]["dropout"], tokens=config["evaluate"]["tokens"])
+    cfg["mode"] = mode
+    cfg["dropout"] = config["backbone"]["dropout"]
+    cfg["tokens"] = config["evaluate"]["tokens"]
     return cfg
 
 
@@ -749,13 +757,14 @@ def pick_languages(args, config):
     else:
         group = args.group or config["sources"]
         if group not in config["groups"]:
-            raise ValueError(f"no group {group!r} in {args.sources}{nearest(group, config['groups'])}")
+            hint = nearest(group, config["groups"])
+            raise ValueError(f"no group {group!r} in {args.sources}{hint}")
         languages = resolve_group(config, group)
     if not languages or len(set(languages)) != len(languages):
         raise ValueError(f"languages {', '.join(languages)}: at least one, and each once")
     if not is_folder_name(group):
-        raise ValueError(f"group {group!r}: its name becomes part of a folder's name: letters, digits, "
-                         f"_ + - . only")
+        raise ValueError(f"group {group!r}: its name becomes part of a folder's name: letters, "
+                         f"digits, _ + - . only")
     return group, languages
 
 
@@ -777,7 +786,7 @@ def check_mode(args, mode, source, ratio):
 
 
 def read_job(args):
-    """Read configuration, source run and data -> Job, all of it checked before anything is written."""
+    """Read configuration, source run and data -> Job, checked before anything is written."""
     config = read_config(args.sources, args.set)
     config["data"]["name"] = args.data or config["data"]["name"]
     config["backbone"]["name"] = args.backbone or config["backbone"]["name"]
@@ -786,7 +795,7 @@ def read_job(args):
     source = Run(args.adapt) if args.adapt else None
     mode = args.mode
     if source:
-        source.config = config      # it is scored on the data, and with the backbone, of this command
+        source.config = config      # it is scored with the data and backbone of this command
         mode = mode or source.meta["kind"]
     check_mode(args, mode, source, config["prompt"]["ratio"])
     group, languages = pick_languages(args, config)
@@ -872,7 +881,7 @@ class Pass:
 
 
 def plan_passes(learners, size):
-    """Learners that are not over -> list of Pass: as their checkpoints have them, the others anew."""
+    """Learners that are not over -> list of Pass: as checkpoints have them, the others anew."""
     passes, fresh, placed = [], {}, set()
     by_name = {learner.folder.name: learner for learner in learners}
     for learner in learners:
@@ -899,7 +908,7 @@ def plan_passes(learners, size):
 
 
 def run_pass(work, job, backbone, tokenizer, device, resume, quiet):
-    """Train the learners of a Pass; False if a signal interrupted it. ValueError if it cannot be done."""
+    """Train the learners of a Pass; False if a signal interrupted it."""
     learners, cfg, pad_id = work.learners, job.cfg, tokenizer.pad_token_id or 0
     if job.mode == "full":
         backbone = copy.deepcopy(backbone)      # the next pass starts from the same weights
@@ -910,7 +919,7 @@ def run_pass(work, job, backbone, tokenizer, device, resume, quiet):
     else:
         model = join_learners(learners, backbone, job.reads)
     autocast = place(model, device, cfg["amp"], cfg["frozen_weights"])
-    check_head_sees_text(learners, model, pad_id, autocast)
+    check_longest_text(learners, model)
 
     steps, _, _ = count_steps(cfg, len(learners[0].task.lengths))
     for learner in learners:
@@ -927,7 +936,7 @@ def run_pass(work, job, backbone, tokenizer, device, resume, quiet):
           f"{len(learners[0].task.lengths):,} sentences of {job.group}; {device.type}, "
           f"{describe_precision(cfg['amp'])}", flush=True)
     finished = True
-    learners = finish_stopped(learners)         # a crash may have come between checkpoint and result
+    learners = finish_stopped(learners)     # a crash may have come between checkpoint and result
     if learners:
         model = join_learners(learners, model.backbone, job.reads)
         finished = train(learners, model, autocast, cfg, pad_id, device, start, quiet)
@@ -950,14 +959,13 @@ def describe_precision(amp):
     return "float32" if amp == "off" else amp
 
 
-def check_head_sees_text(learners, model, pad_id, autocast):
-    """Raise ValueError if all texts get one answer: a decoder's position 0 never sees what follows.
-    This also refuses texts that are too long for the backbone."""
-    texts = [ids for learner in learners for ids in learner.task.ids["train"] + learner.task.ids["dev"]]
-    ends = [min(texts, key=len), max(texts, key=len)]
-    logits = predict(model, ends, pad_id, autocast=autocast)
-    if len(ends[0]) < len(ends[1]) and torch.equal(logits[0], logits[1]):
-        raise ValueError("the head sees nothing of the text: a decoder needs --set prompt.reads=last")
+def check_longest_text(learners, model):
+    """Raise ValueError if a text and the prompt are longer together than the backbone can take."""
+    longest = 0
+    for learner in learners:
+        for split_ids in learner.task.ids.values():
+            longest = max(longest, *[len(ids) for ids in split_ids])
+    model.check_batch(torch.ones(1, longest))
 
 
 def start_folders(learners, job):
@@ -978,7 +986,8 @@ def train_passes(passes, job, backbone, tokenizer, device, args, quiet):
         try:
             finished = run_pass(work, job, backbone, tokenizer, device, args.resume, quiet)
         except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            on_cpu = "allocate memory" in str(error)
+            if not isinstance(error, torch.OutOfMemoryError) and not on_cpu:
                 raise
             raise ValueError(f"out of memory with {len(work.learners)} learners of "
                              f"{job.cfg['batch_size']} sentences: lower train.learners_at_once, "
@@ -1005,7 +1014,8 @@ def check_folders(learners, resume):
         if learner.saved_training() is not None:
             print(f"{learner.folder}: finished already")
         elif diverged.is_file():
-            print(f"{learner.folder}: {diverged.read_text().strip()}; remove the folder to try again")
+            reason = diverged.read_text().strip()
+            print(f"{learner.folder}: {reason}; remove the folder to try again")
 
 
 def main(argv=None):
@@ -1026,7 +1036,8 @@ def main(argv=None):
     attention = pick_attention(settings["attention"], device, job.cfg["amp"])
     backbone, tokenizer, identity = load_backbone(settings["name"], settings["revision"], attention,
                                                   settings["trust_remote_code"])
-    check_backbone(backbone, tokenizer, identity, job.reads)
+    texts = [job.corpus.read(language, "train")[0].text for language in job.languages]
+    check_backbone(backbone, tokenizer, identity, job.reads, texts)
     if job.source and job.source.meta["backbone"].get("fingerprint") != identity["fingerprint"]:
         raise ValueError(f"--adapt {args.adapt}: was trained on another backbone than "
                          f"{settings['name']}")
