@@ -5,7 +5,7 @@ machines drift: read the ratios, which are of tokens a second and medians over t
 a corpus's; the backbone's weights are random, which changes no speed.
 
     ours x K      train.py's own loop: XPE on Joshi5, K learners in one pass
-    floor x K     the bare backbone on as many texts and tokens, forward, and backward to one prompt:
+    floor x K     the bare backbone on as many texts and tokens, forward, and backward to a prompt:
                   without padding, mask, encoder, head or optimizer
     toolkit       micm-nlp, the authors' library, on transformers' Trainer (pip install micm-nlp)
     evaluation    evaluate.py's predict() on test sentences; its floor goes forward only
@@ -60,7 +60,7 @@ class Setup:
         return self.job.config["prompt"]["length"]
 
 
-# ---- The contenders ---------------------------------------------------------------------------------
+# ---- The contenders ------------------------------------------------------------------------------
 
 class Contender:
     """Takes turns. `batches` holds, for each batch, the lengths of its texts in tokens."""
@@ -117,7 +117,8 @@ class Ours(Contender):
     def run(self, steps):
         device, pad_id = self.setup.device, self.setup.tokenizer.pad_token_id
         # one evaluation, at the end, and of one sentence (see read_setup); no checkpoint
-        cfg = dict(self.setup.job.cfg, steps=steps, evaluate_every=steps, checkpoint_every=steps + 1)
+        cfg = dict(self.setup.job.cfg)
+        cfg.update(steps=steps, evaluate_every=steps, checkpoint_every=steps + 1)
         for learner in self.learners:
             learner.prepare(cfg, steps, device)
         start = timer()
@@ -141,7 +142,8 @@ class Floor(Contender):
         self.input_ids = []
         for lengths in batches:
             shape = len(lengths), round(lengths.mean())
-            self.input_ids.append(torch.randint(5, len(self.words.weight), shape, device=setup.device))
+            random_ids = torch.randint(5, len(self.words.weight), shape, device=setup.device)
+            self.input_ids.append(random_ids)
 
     def padding(self):
         return 0.0
@@ -164,7 +166,7 @@ class Toolkit(Contender):
 
     def __init__(self, setup, n_batches):
         size, lengths = setup.job.cfg["batch_size"], setup.task.lengths
-        order = get_length_grouped_indices(lengths.tolist(), size)      # the Trainer's, of one epoch
+        order = get_length_grouped_indices(lengths.tolist(), size)  # the Trainer's, of one epoch
         batches = np.split(order, range(size, len(order), size))
         # they come sorted in parts: take them evenly from the epoch
         batches = batches[::max(1, len(batches) // n_batches)][:n_batches]
@@ -186,9 +188,9 @@ class Toolkit(Contender):
             encoder_reparameterization_type="MLP", encoder_ratio=1.0,
             encoder_hidden_size=setup.sizes.hidden_size // 4, encoder_num_layers=prompt["layers"],
             encoder_dropout=prompt["dropout"], encoder_freeze=False, encoder_embedding_freeze=False)
+        classifier = transformers.XLMRobertaForSequenceClassification(setup.sizes)
         with redirect_stdout(io.StringIO()):        # it prints its layers
-            model = get_xpe_model(transformers.XLMRobertaForSequenceClassification(setup.sizes), arguments)
-        return model.to(setup.device)
+            return get_xpe_model(classifier, arguments).to(setup.device)
 
     def run(self, steps):
         cfg, device = self.setup.job.cfg, self.setup.device
@@ -222,11 +224,12 @@ class Evaluation(Contender):
     def run(self, steps):
         pad_id = self.setup.tokenizer.pad_token_id
         start = timer()
-        predict(self.ours.model, self.texts, pad_id, budget=self.budget, autocast=self.ours.autocast)
+        predict(self.ours.model, self.texts, pad_id, budget=self.budget,
+                autocast=self.ours.autocast)
         return timer() - start
 
 
-# ---- Setting up -------------------------------------------------------------------------------------
+# ---- Setting up ----------------------------------------------------------------------------------
 
 def read_setup(args, device):
     """Read corpus and tokenizer, make a random backbone -> Setup."""
@@ -237,7 +240,7 @@ def read_setup(args, device):
     present = corpus.languages()
     sources = [code for code in resolve_group(config, "joshi5") if code in present]
     task = train.Task(corpus, sources, tokenizer, max_length, balanced=False)
-    task.ids["dev"] = task.ids["dev"][:1]       # train.py ends with an evaluation: make it a short one
+    task.ids["dev"] = task.ids["dev"][:1]       # train.py ends with an evaluation: a short one here
     texts = []
     for language in present:
         texts += [sentence.text for sentence in corpus.read(language, "test")]
@@ -267,7 +270,7 @@ def first_epoch(task, batch_size, K):
 
 
 def make_contenders(setup, learner_counts, steps):
-    """-> all Contenders, in the order of the table. `steps`: K times the steps of a turn; 0: an epoch."""
+    """-> all Contenders, in the order of the table. `steps`: K x steps of a turn; 0: an epoch's."""
     contenders = []
     for K in learner_counts:
         batches = first_epoch(setup.task, setup.job.cfg["batch_size"], K)
@@ -287,7 +290,7 @@ def make_contenders(setup, learner_counts, steps):
     return contenders + [evaluation, evaluation.floor]
 
 
-# ---- Measuring --------------------------------------------------------------------------------------
+# ---- Measuring -----------------------------------------------------------------------------------
 
 def take_turns(contenders, turns, on_gpu):
     """Let all contenders run one after the other, `turns` times, after a warm-up."""
@@ -338,7 +341,7 @@ def describe_machine(device):
 
 def main(argv=None):
     """Set up, take turns, print the table -> exit status."""
-    parser = argparse.ArgumentParser(description="Speed beside the bare backbone and the authors' toolkit.")
+    parser = argparse.ArgumentParser(description="Speed beside the authors' toolkit.")
     add = parser.add_argument
     add("--size", choices=SIZES, default="tiny")
     add("--device", default="auto", help="cpu, cuda (default: auto)")
@@ -346,8 +349,8 @@ def main(argv=None):
     add("--attention", choices=("auto", "sdpa", "eager"), default="auto",
         help="the backbone's; the toolkit keeps transformers' default (default: auto)")
     add("--data", default=str(HERE / "sample" / "sib200"), help="a corpus, as for train.py")
-    add("--tokenizer", default=str(HERE / "sample" / "backbone"), help="a folder, or a model on the hub")
-    add("--learners", default="1,3,10", metavar="K,K,...", help="learners of a pass (default: 1,3,10)")
+    add("--tokenizer", default=str(HERE / "sample" / "backbone"), help="a folder, or on the hub")
+    add("--learners", default="1,3,10", metavar="K", help="learners in a pass (default: 1,3,10)")
     add("--steps", type=int, default=0, help="K x steps of one turn (default: an epoch's)")
     add("--turns", type=int, default=3, help="turns of each contender (default: 3)")
     args = parser.parse_args(argv)

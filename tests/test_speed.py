@@ -38,7 +38,7 @@ def close(a, b, tolerance=1e-5):
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
-# ---- first_position_only ----------------------------------------------------------------------------
+# ---- first_position_only -------------------------------------------------------------------------
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", BERT_LIKE)
@@ -66,10 +66,11 @@ def test_it_shares_all_weights_and_leaves_the_original_alone():
     modules = list(backbone.modules())
     shortened = speed.first_position_only(backbone)
     assert list(backbone.modules()) == modules
+    assert not any(module.training for module in modules)
     assert torch.equal(backbone(**make_batch())[0], before)
     shared = dict(shortened.named_parameters())
-    assert {name: id(p) for name, p in backbone.named_parameters()} == {
-        name: id(p) for name, p in shared.items()}
+    for name, parameter in backbone.named_parameters():
+        assert shared[name] is parameter, name
     backbone.train()
     assert not shortened.training
     assert speed.first_position_only(backbone).training, "the mode is taken over"
@@ -127,7 +128,9 @@ def test_the_shortened_last_layer_keeps_its_dropout(attention):
                              attention_probs_dropout_prob=0.5, attn_implementation=attention)
     shortened = speed.first_position_only(backbone)
     n = 1_000
-    batch = {name: tensor[1:2].expand(n, *tensor.shape[1:]) for name, tensor in make_batch().items()}
+    batch = make_batch()
+    for name, tensor in batch.items():
+        batch[name] = tensor[1:2].expand(n, *tensor.shape[1:])
     torch.manual_seed(1)
     with torch.no_grad():
         states = shortened(**batch)[0][:, 0]                    # n times one text: (n, H)
@@ -140,7 +143,7 @@ def test_the_shortened_last_layer_keeps_its_dropout(attention):
     assert ((whole.std(dim=0) / states.std(dim=0)).log().abs() < 0.3).all()
 
 
-# ---- CheapDropout -----------------------------------------------------------------------------------
+# ---- CheapDropout --------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 def test_cheap_dropout_is_dropout(p):
@@ -163,7 +166,7 @@ def test_cheap_dropout_is_dropout(p):
 
 
 def test_where_nothing_is_drawn_it_is_torch():
-    """Catches: dropout in evaluation, at p = 0, outside the context; a division by zero at p = 1."""
+    """Catches: dropout in evaluation, at p = 0 or outside the context; a division by 0 at p = 1."""
     x = torch.randn(7, 5)
     with speed.CheapDropout():
         assert torch.equal(F.dropout(x, 0.5, training=False), x)
