@@ -17,7 +17,7 @@ import xpe
 HERE = Path(__file__).resolve().parent
 
 
-# ---- The authors' folders ---------------------------------------------------------------------------
+# ---- The authors' folders ------------------------------------------------------------------------
 
 # Their names of encoder_reparameterization_type, and ours of prompt.encoder.
 ENCODERS_OF_THE_AUTHORS = {"MLP": "mlp", "LSTM": "lstm", "ATTN": "attention", "NONE": "none"}
@@ -90,6 +90,23 @@ def meta_of_the_authors(config, tensors):
 
     encoder = config.get("encoder_reparameterization_type")
     ratio = config["encoder_ratio"]
+    # a plain soft prompt may leave out what it has no encoder for
+    prompt = {
+        "width": config.get("token_dim") or width,
+        "length": config.get("num_virtual_tokens"),
+        "ratio": ratio,
+        "encoder": ENCODERS_OF_THE_AUTHORS.get(str(encoder), encoder),
+    }
+    prompt["hidden"] = config.get("encoder_hidden_size") or 0
+    prompt["layers"] = config.get("encoder_num_layers") or 2
+    prompt["dropout"] = config.get("encoder_dropout") or 0.0
+    prompt["heads"] = config.get("encoder_num_heads") or 8
+
+    backbone = {
+        "name": str(config.get("base_model_name_or_path") or "unnamed backbone"),
+        "revision": str(config.get("revision") or "main"),
+        "type": "xlm-roberta",
+    }
     kind = "dual"
     if ratio == 0:
         kind = "spt"
@@ -98,24 +115,11 @@ def meta_of_the_authors(config, tensors):
     return {
         "kind": kind,
         "reads": "prompt",
-        "prompt": {
-            "width": config.get("token_dim") or width,
-            "length": config.get("num_virtual_tokens"),
-            "ratio": ratio,
-            "encoder": ENCODERS_OF_THE_AUTHORS.get(str(encoder), encoder),
-            "hidden": config.get("encoder_hidden_size") or 0,
-            "layers": config.get("encoder_num_layers") or 2,
-            "dropout": config.get("encoder_dropout") or 0.0,
-            "heads": config.get("encoder_num_heads") or 8,
-        },
+        "prompt": prompt,
         "head": {"width": width, "classes": classes, "dropout": 0.1},
         "labels": [str(number) for number in range(classes)],
         "max_length": 164,      # authors' code: their setting for SIB-200; the files do not say it
-        "backbone": {
-            "name": str(config.get("base_model_name_or_path") or "unnamed backbone"),
-            "revision": str(config.get("revision") or "main"),
-            "type": "xlm-roberta",
-        },
+        "backbone": backbone,
         "training": {},
     }
 
@@ -128,7 +132,7 @@ def rename(name, beginnings):
     return name
 
 
-# ---- Run folders of the version before --------------------------------------------------------------
+# ---- Run folders of the version before -----------------------------------------------------------
 
 # It had layers of its own. How its names began, and how those of torch's layers do.
 NAMES_OF_FORMAT_1 = {
@@ -147,7 +151,7 @@ NAMES_OF_FORMAT_1 = {
 
 
 def read_format_1(folder):
-    """Read a prompt folder whose prompt.json says `"format": 1`, as `xpe.load_prompt` reads format 2.
+    """Read a prompt folder of `"format": 1` as `xpe.load_prompt` reads one of format 2.
 
     -> (SoftPrompt or None, ClassificationHead, meta). Raises FileNotFoundError, or ValueError with
     the file and what is wrong in it.
@@ -178,7 +182,7 @@ def read_format_1(folder):
     return prompt, head, meta
 
 
-# ---- Out to stock peft ------------------------------------------------------------------------------
+# ---- Out to stock peft ---------------------------------------------------------------------------
 
 def export_peft(folder, prompt, head, meta):
     """Write a new folder that *stock* peft loads as prompt tuning, with head and label names:

@@ -33,7 +33,7 @@ KINDS = [(0, "mlp", 2), (0.3, "mlp", 2), (0.7, "mlp", 2), (1, "mlp", 2), (1, "ml
 THEIR_ENCODERS = {"mlp": "MLP", "lstm": "LSTM", "attention": "ATTN", "none": "NONE"}
 
 
-# ---- What the tests share ---------------------------------------------------------------------------
+# ---- What the tests share ------------------------------------------------------------------------
 
 def linear_shapes(beginning, sizes):
     """Names and shapes of the Linears 0, 3, 6 ... of a Sequential with ReLU and dropout between."""
@@ -68,7 +68,7 @@ def encoder_shapes(encoder, layers):
 
 
 def random_tensors(ratio, encoder, layers):
-    """-> (standard rows, embedding of the encoded rows, encoder's tensors by the authors' names)."""
+    """-> (standard rows, embedding of the encoded rows, encoder's tensors by authors' names)."""
     generator = torch.Generator().manual_seed(7)
     encoded = int(P * ratio)
     standard = torch.randn(P - encoded, H, generator=generator)
@@ -124,7 +124,7 @@ def edit_tensors(path, **changes):
     save_file(tensors, path)
 
 
-# ---- The authors' folders ---------------------------------------------------------------------------
+# ---- The authors' folders ------------------------------------------------------------------------
 
 def write_authors_folder(folder, ratio=0.7, encoder="mlp", layers=2):
     """A folder as the authors' toolkit writes it."""
@@ -194,7 +194,7 @@ def test_an_spt_of_theirs_needs_no_encoder_settings(tmp_path):
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(peft_type="LORA"), "adapter_config.json: not by the authors' toolkit: peft_type is 'LORA'"),
+    (dict(peft_type="LORA"), "json: not by the authors' toolkit: peft_type is 'LORA'"),
     (dict(peft_type=["XPE"]), "not by the authors' toolkit"),
     (dict(encoder_ratio=None), "not by the authors' toolkit"),
     (dict(encoder_ratio="0.7"), "adapter_config.json: prompt.ratio must be from 0"),
@@ -227,7 +227,7 @@ def test_settings_of_theirs_that_cannot_be(tmp_path, changes, message):
     (dict(prompt_encoder__embedding__weight=torch.full((3, H), torch.nan)), "hold finite numbers"),
     (dict(prompt_encoder__xpe_head__0__self_attn__x=torch.ones(2)), "self_attn.x' is unknown"),
     (dict(lora_A=torch.ones(2)), "the tensor 'lora_A' is unknown"),
-    (dict(base_model__model__classifier__dense__bias=torch.ones(H)), "two tensors for 'head.dense.b"),
+    (dict(base_model__model__classifier__dense__bias=torch.ones(H)), "two tensors for 'head.den"),
 ])
 def test_tensors_of_theirs_that_cannot_be(tmp_path, changes, message):
     """Catches: a head that stays random, tensors that are dropped in silence."""
@@ -244,20 +244,20 @@ def test_what_a_folder_of_theirs_lacks_is_told(tmp_path):
     write_authors_folder(tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:900])
-    with pytest.raises(ValueError, match="adapter_model.safetensors: cut short, or not a safetensors"):
+    with pytest.raises(ValueError, match="adapter_model.safetensors: cut short"):
         formats.read_authors(tmp_path)
     path.unlink()
     with pytest.raises(FileNotFoundError, match="adapter_model.safetensors is missing: the folder"):
         formats.read_authors(tmp_path)
     (tmp_path / "adapter_model.bin").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
-    with pytest.raises(FileNotFoundError, match=r"safetensors is missing. adapter_model.bin .* pickle"):
+    with pytest.raises(FileNotFoundError, match=r"is missing. adapter_model.bin .* a pickle file"):
         formats.read_authors(tmp_path)
     (tmp_path / "adapter_config.json").write_text("[]")
     with pytest.raises(ValueError, match="adapter_config.json: holds no JSON object"):
         formats.read_authors(tmp_path)
 
 
-# ---- Run folders of the version before --------------------------------------------------------------
+# ---- Run folders of the version before -----------------------------------------------------------
 
 # The names of the torch modules' parameters, and those of the version before, written out as its
 # files have them (an encoder of two layers).
@@ -354,10 +354,10 @@ def test_a_damaged_old_prompt_json(tmp_path, changes, message):
 @pytest.mark.parametrize("changes, message", [
     (dict(head__out__weight=None), "the tensor 'head.out_proj.weight' is missing"),
     (dict(prompt__encoder__linears__1__bias=None), "the tensor 'prompt.encoder.3.bias' is missing"),
-    (dict(prompt__encoder__linears__77__bias=torch.ones(2)), "'prompt.encoder.231.bias' is unknown"),
+    (dict(prompt__encoder__linears__77__bias=torch.ones(2)), "encoder.231.bias' is unknown"),
     (dict(prompt__encoder__linears__x=torch.ones(2)), "the tensor 'prompt.encoder.x' is unknown"),
     (dict(prompt__encoder__qkv__weight=torch.ones(2)), "in_proj_weight' is unknown"),
-    (dict(prompt__standard=torch.ones(1, 3, H)), r"'prompt.standard' is \(1, 3, 16\), expected \(3"),
+    (dict(prompt__standard=torch.ones(1, 3, H)), r"'prompt.standard' is \(1, 3, 16\), expected"),
 ])
 def test_damaged_old_tensors(tmp_path, changes, message):
     """Catches: tensors dropped or broadcast in silence."""
@@ -367,7 +367,7 @@ def test_damaged_old_tensors(tmp_path, changes, message):
         formats.read_format_1(tmp_path)
 
 
-# ---- Out to stock peft ------------------------------------------------------------------------------
+# ---- Out to stock peft ---------------------------------------------------------------------------
 
 def example_to_export(backbone_name="b", backbone_type="xlm-roberta"):
     """-> meta of a run that can be exported."""
@@ -411,7 +411,7 @@ def test_what_cannot_be_exported(tmp_path):
     """Catches: an export that peft would load into other logits; files written over."""
     prompt, head, meta = xpe.SoftPrompt(H), make_head(), example_to_export()
     for wrong_prompt, reads in ((prompt, "mean"), (None, "prompt")):
-        with pytest.raises(ValueError, match=f"peft has no form for a 'dual' run .* reads '{reads}'"):
+        with pytest.raises(ValueError, match=f"no form for a 'dual' run .* reads '{reads}'"):
             formats.export_peft(tmp_path / "new", wrong_prompt, head, dict(meta, reads=reads))
     with pytest.raises(ValueError, match="into that of a 'bert' model"):
         formats.export_peft(tmp_path / "new", prompt, head, example_to_export("b", "bert"))
@@ -423,8 +423,8 @@ def test_what_cannot_be_exported(tmp_path):
 
 @pytest.mark.parametrize("ratio", [0, 0.3, 1])
 def test_stock_peft_loads_our_export(tmp_path, monkeypatch, ratio):
-    """Catches: an export that peft refuses, loads without the head or the label names, or turns into
-    other logits. The loading code is that of export_peft's docstring."""
+    """Catches: an export that peft refuses, loads without the head or the label names, or turns
+    into other logits. The loading code is that of export_peft's docstring."""
     peft = pytest.importorskip("peft", reason="peft is not installed")
     backbone = tiny_backbone()
     backbone.save_pretrained(tmp_path / "backbone")
@@ -447,11 +447,11 @@ def test_stock_peft_loads_our_export(tmp_path, monkeypatch, ratio):
     assert names == wanted
 
 
-# ---- The authors' toolkit: logits -------------------------------------------------------------------
+# ---- The authors' toolkit: logits ----------------------------------------------------------------
 
 def their_model(ratio, encoder="mlp", layers=2, **sizes):
     """-> (the toolkit's model, random; a copy of its backbone), or skip the test."""
-    toolkit = pytest.importorskip("micm_nlp.models.xpe", reason="the authors' toolkit is not installed")
+    toolkit = pytest.importorskip("micm_nlp.models.xpe", reason="no toolkit of the authors")
     backbone = tiny_backbone(**sizes)
     backbone_config = copy.deepcopy(backbone.config)
     backbone_config.num_labels = CLASSES
@@ -487,7 +487,7 @@ def test_logits_of_the_authors_toolkit(tmp_path, ratio, encoder, layers):
         assert (classifier(input_ids, attention_mask) - expected).abs().max() > 1e-4
 
 
-# ---- 60 training steps, ours against theirs ---------------------------------------------------------
+# ---- 60 training steps, ours against theirs ------------------------------------------------------
 
 STEPS, BATCH, SENTENCES = 60, 8, 40
 NO_DROPOUT = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
@@ -536,7 +536,7 @@ def train_ours(folder, monkeypatch, backbone, prompts, heads):
 
 
 def train_plainly(backbone, prompt, head):
-    """The same 60 steps of one prompt alone: transformers' and torch's parts, nothing of train.py."""
+    """The same 60 steps of one prompt alone: parts of transformers and torch, none of train.py."""
     settings = training_settings()
     texts, labels = training_sentences()
     model = xpe.PromptedClassifier(backbone, prompt, head)
@@ -570,8 +570,8 @@ def assert_same_training(trained, expected, untrained):
 
 
 def test_sixty_steps_of_two_learners_are_those_of_each_alone(tmp_path, monkeypatch):
-    """Catches: gradients, clipping, moments or schedules that learners of one pass share; a loss that
-    is a mean over all learners; other rates than the recipe's."""
+    """Catches: gradients, clipping, moments or schedules that learners of one pass share; a loss
+    that is a mean over all learners; other rates than the recipe's."""
     backbone = tiny_backbone(**NO_DROPOUT)
     prompts = [fill(xpe.SoftPrompt(H, P, 0.5, hidden=D, dropout=0.0), k) for k in (1, 2)]
     heads = [make_head(k, dropout=0.0) for k in (3, 4)]
@@ -611,14 +611,15 @@ class PlainDataset(torch.utils.data.Dataset):
 
 def train_theirs(folder, model):
     """60 steps by the toolkit's Trainer, with the paper's recipe."""
-    trainers = pytest.importorskip("micm_nlp.training.trainers", reason="the toolkit is not installed")
+    trainers = pytest.importorskip("micm_nlp.training.trainers", reason="no toolkit of the authors")
     arguments = transformers.TrainingArguments(
         output_dir=str(folder), max_steps=STEPS, per_device_train_batch_size=BATCH, use_cpu=True,
         optim="adafactor", learning_rate=5e-3, weight_decay=0.01, max_grad_norm=1.0,
         lr_scheduler_type="cosine_with_restarts", lr_scheduler_kwargs={"num_cycles": 2},
         warmup_steps=6, save_strategy="no", logging_strategy="no", report_to="none",
         disable_tqdm=True, remove_unused_columns=False)
-    standard_rows = AsTheirSettings(param_name_parts=["default.embedding"], lr=5e-2, weight_decay=0.0)
+    standard_rows = AsTheirSettings(param_name_parts=["default.embedding"], lr=5e-2,
+                                    weight_decay=0.0)
     their_settings = AsTheirSettings(
         optimizer_grouped_parameters=[standard_rows], random_task_exclusion=False,
         train_force_sequential=True, usable_columns=[])
@@ -630,8 +631,8 @@ def train_theirs(folder, model):
 
 @pytest.mark.parametrize("ratio", [0.5, 1])
 def test_sixty_steps_of_the_authors_toolkit(tmp_path, monkeypatch, ratio):
-    """Catches: any difference between our loop and the authors' in rates, decay, clipping, optimizer,
-    schedule or gradient: 60 steps of both, from one start."""
+    """Catches: any difference between our loop and the authors' in rates, decay, clipping,
+    optimizer, schedule or gradient: 60 steps of both, from one start."""
     model, backbone = their_model(ratio, classifier_dropout=0.0, **NO_DROPOUT)
     model.save_pretrained(tmp_path / "start")
     start, start_head, _ = formats.read_authors(tmp_path / "start")
