@@ -28,7 +28,8 @@ import re
 import shlex
 import sys
 import time
-from contextlib import nullcontext
+import warnings
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -51,6 +52,9 @@ try:
     import fcntl        # locks a run folder; Windows has none, and there two commands are on trust
 except ImportError:
     fcntl = None
+
+# Under fp16 a first step that overflows is left out, as it should be; torch takes it for a mistake
+warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
 
 # Settings that change how much memory a run takes, not what it computes: --resume may change them
 MEMORY_SETTINGS = ("learners_at_once", "tokens")
@@ -202,6 +206,12 @@ class Learner:
         for file in self.folder.glob(".*.????????"):
             file.unlink()       # what a killed process was about to rename: xpe.write_atomically
 
+    def release_folder(self):
+        """Let other processes train this run."""
+        if self.log is not None:
+            with suppress(OSError):     # of a full disk, which write_log has told
+                self.log.close()
+
     def write_log(self, **values):
         """Append a line to metrics.jsonl."""
         line = json.dumps(values).encode() + b"\n"
@@ -288,17 +298,18 @@ class Learner:
 
     def load_state_dict(self, state, path):
         """Go on from `state`, read from `path`; ValueError if it is not a state of this run."""
-        # a step with zero gradients fills the optimizer's state: the checkpoint must look like it
-        for parameter in self.parameters:
-            parameter.grad = torch.zeros_like(parameter)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.check_settings(state["settings"], path)
+        if state["optimizer"]["state"]:     # empty if under fp16 every step has overflowed so far
+            # a step with zero gradients fills ours: the checkpoint must look like it
+            for parameter in self.parameters:
+                parameter.grad = torch.zeros_like(parameter)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
         reference = dict(self.state_dict(), settings=state["settings"])
         if state["best"] is not None:
             reference["best"] = self.tensors()
         if layout(reference) != layout(state):
             raise ValueError("does not fit this run")
-        self.check_settings(state["settings"], path)
         self.progress = Progress(**state["progress"])
         self.best = state["best"]
         for name, module in self.modules().items():
@@ -940,8 +951,6 @@ def run_pass(work, job, backbone, tokenizer, device, resume, quiet):
     if learners:
         model = join_learners(learners, model.backbone, job.reads)
         finished = train(learners, model, autocast, cfg, pad_id, device, start, quiet)
-    for learner in work.learners:
-        learner.log.close()
     clear_pass(work.learners)
     return finished
 
@@ -992,6 +1001,9 @@ def train_passes(passes, job, backbone, tokenizer, device, args, quiet):
             raise ValueError(f"out of memory with {len(work.learners)} learners of "
                              f"{job.cfg['batch_size']} sentences: lower train.learners_at_once, "
                              f"train.batch_size or evaluate.tokens") from None
+        finally:
+            for learner in work.learners:
+                learner.release_folder()
         if not finished:
             command = ["python"]
             if "LOCAL_WORLD_SIZE" in os.environ:
@@ -1048,9 +1060,9 @@ def main(argv=None):
             learner.check_settings(training.get("settings"), learner.folder / "prompt.json")
     size = 1 if job.mode == "full" else job.cfg["learners_at_once"]
     passes = plan_passes(learners, size)
-    clear_pass(learners)        # a crash may have come before
     if not train_passes(passes, job, backbone, tokenizer, device, args, quiet=rank > 0):
         return 130
+    clear_pass(learners)        # a learner that ended early is in no pass, a crash may have come
     del backbone
     return report_results(learners, job, device, args, first=rank == 0)
 
