@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -346,13 +347,14 @@ class Classifier:
         """texts_of_runs: for each run its n texts -> for each run its probabilities (n, C).
 
         Raises ValueError for logits that are not finite."""
-        distinct = dict.fromkeys(text for texts in texts_of_runs for text in texts)
-        encoded, cut = encode(list(distinct), self.tokenizer, self.max_length)
+        texts = list(chain.from_iterable(texts_of_runs))
+        distinct = list(dict.fromkeys(texts))
+        encoded, cut = encode(distinct, self.tokenizer, self.max_length)
         if cut:
             warn(f"{cut:,} of {len(distinct):,} texts cut at {self.max_length} tokens")
         ids_of_text = dict(zip(distinct, encoded))
-        ids = [ids_of_text[text] for texts in texts_of_runs for text in texts]
-        sizes = [len(texts) for texts in texts_of_runs]
+        ids = [ids_of_text[text] for text in texts]
+        sizes = [len(texts_of_run) for texts_of_run in texts_of_runs]
         owner = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
         pad_id = self.tokenizer.pad_token_id or 0
         logits = predict(self.model, ids, pad_id, owner, self.budget, self.autocast, progress)
@@ -855,7 +857,7 @@ def check_arguments(args):
         raise ValueError(f"the report is a command of its own: python report.py {runs}")
     if not args.runs and args.text:
         raise ValueError("RUN is missing: --text takes everything behind it, so the run comes "
-                         f"first: evaluate.py RUN --text {shlex.join(args.text)}")
+                         "first: evaluate.py RUN --text \"Your sentence\"")
     if not args.runs:
         raise ValueError("RUN is missing: name one or more run folders, runs/* say")
 

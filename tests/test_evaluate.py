@@ -204,54 +204,53 @@ def test_method_name(kind, ratio, encoder, name):
 
 # ---- scoring ----
 
+def check_scored_run(folder, corpus):
+    """Compare the files of a scored run with the corpus, each other, and a plain model."""
+    predictions = read_csv(folder / "test_predictions.csv")
+    assert list(predictions[0])[4:] == [f"p({label})" for label in data.LABELS]
+    lines = iter(predictions)
+    scores = {}
+    for language in LANGUAGES:
+        hits = 0
+        for i, sentence in enumerate(corpus.read(language, "test")):
+            line = next(lines)
+            label = data.LABELS[sentence.label]
+            assert (line["language"], line["index_id"]) == (language, sentence.index_id)
+            assert line["label"] == label
+            hits += line["predicted"] == label
+            if i % 7 == 0:
+                predicted, probabilities = answer_slowly(folder, sentence.text)
+                assert line["predicted"] == predicted
+                check_probabilities(line, probabilities)
+        scores[language] = 100 * hits / 17
+    assert next(lines, None) is None
+
+    of_file = {line["language"]: float(line["accuracy"]) for line in read_csv(folder / "test.csv")}
+    assert of_file == pytest.approx(scores, abs=1e-3)
+    groups = json.loads((folder / "test.json").read_text())["groups"]
+    sources = (scores["aaa_Latn"] + scores["bbb_Latn"]) / 2
+    assert groups["Sources"]["accuracy"] == pytest.approx(sources, abs=1e-3)
+    assert groups["Others"]["accuracy"] == pytest.approx(scores["ccc_Latn"], abs=1e-3)
+    assert (groups["Others"]["languages"], groups["Others"]["of"]) == (1, 1)     # not bbb_Latn
+    return predictions
+
+
 def test_scores_are_those_of_the_predictions(world, tmp_path, capsys):
     """Catches: labels in another order than SIB-200's, predictions beside the wrong sentence or by
     the wrong run, a mean over sentences, a source among the targets, a run changed by company."""
     folders = [write_run(tmp_path / f"run{seed}", world, seed, ratio=ratio)
                for seed, ratio in ((11, 0.5), (12, 1.0), (13, 0.0))]
     main(*folders)
-    corpus = data.Corpus(world / "corpus")
-    predicted = set()
-    for folder in folders:
-        predictions = read_csv(folder / "test_predictions.csv")
-        assert list(predictions[0])[4:] == [f"p({label})" for label in data.LABELS]
-        lines = iter(predictions)
-        hits = {}
-        for language in LANGUAGES:
-            hits[language] = 0
-            for sentence in corpus.read(language, "test"):
-                line = next(lines)
-                label = data.LABELS[sentence.label]
-                assert (line["language"], line["index_id"]) == (language, sentence.index_id)
-                assert line["label"] == label
-                hits[language] += line["predicted"] == label
-        assert next(lines, None) is None
-        # every seventh sentence is computed a second time
-        for language in LANGUAGES:
-            of_language = [line for line in predictions if line["language"] == language]
-            for i in range(0, 17, 7):
-                text = corpus.read(language, "test")[i].text
-                label, probabilities = answer_slowly(folder, text)
-                assert of_language[i]["predicted"] == label
-                check_probabilities(of_language[i], probabilities)
-
-        lines = read_csv(folder / "test.csv")
-        scores = {line["language"]: float(line["accuracy"]) for line in lines}
-        for language in LANGUAGES:
-            assert scores[language] == pytest.approx(100 * hits[language] / 17, abs=1e-3)
-        groups = json.loads((folder / "test.json").read_text())["groups"]
-        sources = (scores["aaa_Latn"] + scores["bbb_Latn"]) / 2
-        assert groups["Sources"]["accuracy"] == pytest.approx(sources, abs=1e-3)
-        assert groups["Others"]["accuracy"] == pytest.approx(scores["ccc_Latn"], abs=1e-3)
-        assert (groups["Others"]["languages"], groups["Others"]["of"]) == (1, 1)     # not bbb_Latn
-        predicted.update(line["predicted"] for line in predictions)
-    assert len(predicted) > 2, "all alike: this test would see nothing"
     assert "153 sentences of 3 languages, by 3 runs together" in capsys.readouterr().out
+    corpus = data.Corpus(world / "corpus")
+    predicted = []
+    for folder in folders:
+        predicted.append([line["predicted"] for line in check_scored_run(folder, corpus)])
+    assert len(set(predicted[0] + predicted[1] + predicted[2])) > 2, "this test would see nothing"
 
     main(folders[1], "--out", tmp_path / "alone")
     alone = read_csv(tmp_path / "alone/run12/test_predictions.csv")
-    together = read_csv(folders[1] / "test_predictions.csv")
-    assert [line["predicted"] for line in alone] == [line["predicted"] for line in together]
+    assert [line["predicted"] for line in alone] == predicted[1]
     again = evaluate.Run(tmp_path / "alone/run12")      # what the report reads is there, too
     assert again.sources == ["aaa_Latn", "bbb_Latn"]
     assert again.config["targets"] == {"Others": "others"}
@@ -526,7 +525,7 @@ def test_a_run_from_the_hub(run, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name, sources, seed", [
     ("xpe-joshi5@seed-07", 7, 7), ("spt-seen@seed-12", 92, 12), ("something", 7, 1)])
-def test_a_release_of_the_authors(name, sources, seed, tmp_path, capsys):
+def test_a_release_of_the_authors(name, sources, seed, world, tmp_path, capsys):
     """Catches: labels called 0 to 6, sources that count as targets, files in their folder."""
     folder = tmp_path / name
     folder.mkdir()
@@ -546,6 +545,14 @@ def test_a_release_of_the_authors(name, sources, seed, tmp_path, capsys):
     assert opened.config["backbone"]["name"] == "FacebookAI/xlm-roberta-large"
     close(opened.prompt()[0], prompt.standard)
     assert ("its name says no source group" in capsys.readouterr().err) == (name == "something")
+    local = ["--backbone", world / "backbone", "--data", world / "corpus"]
+    main(folder, *local, "--out", tmp_path / "out")
+    lines = read_csv(tmp_path / "out" / name / "test.csv")
+    assert [line["language"] for line in lines] == list(LANGUAGES)
+    cells = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert f"Sources - - 0 of {sources}: {sources} not scored".split() in cells
+    assert evaluate.Run(tmp_path / "out" / name).sources == opened.sources
+    assert len(list(folder.iterdir())) == 2
 
 
 def test_files_that_are_missing_from_a_run(run, capsys):
@@ -686,8 +693,7 @@ def test_texts_that_were_cut_are_told(world, tmp_path, capsys):
 
 @pytest.mark.parametrize("arguments, message", [
     ([], "RUN is missing: name one or more run folders"),
-    (["--text", "hi", "RUN"], r"--text takes everything behind it, so the run comes first: "
-                              r"evaluate.py RUN --text hi RUN"),
+    (["--text", "hi", "RUN"], "--text takes everything behind it, so the run comes first: "),
     (["a run", "--report"], "the report is a command of its own: python report.py 'a run'"),
     (["RUN", "--device", "gpu"], "--device gpu"),
     (["RUN", "--groups", "othrs"], r"--groups: no group 'othrs' \(did you mean others\?\)"),
