@@ -303,28 +303,28 @@ def read_runs(folders, split, config, notes):
 
 
 def check_one_backbone(runs, notes):
-    """Raise ValueError if the runs have several backbones: the weights decide, not the name."""
-    names = {}                                          # fingerprint -> names, in order
+    """The backbone's name. Raises ValueError for several: the weights decide, not the name."""
+    name_of = {}                                        # fingerprint -> the first name it has
+    names = set()                                       # last parts of all names
     without = []
     for run in runs:
         fingerprint = run.backbone.get("fingerprint")
         if fingerprint is None:
-            without.append(run)
+            without.append(run.name)
         else:
-            names.setdefault(fingerprint, {})[run.backbone["name"]] = None
-    if len(names) > 1:
-        listed = [f"{next(iter(those))} ({fingerprint})" for fingerprint, those in names.items()]
-        raise ValueError(f"runs of several backbones, {', '.join(listed)}: report one at a time")
-    known = [name for those in names.values() for name in those]
-    for run in without:
-        known.append(run.backbone["name"])
-    distinct = sorted({Path(name).name for name in known})
-    if without and len(distinct) > 1:
-        raise ValueError(f"runs of several backbones, {', '.join(distinct)}: report one at a time")
-    if without and names:
-        listed = shorten_list([run.name for run in without])
-        notes.append(f"{listed}: without a fingerprint of the backbone, so its name has to do")
-    return Path(known[0]).name
+            name_of.setdefault(fingerprint, run.backbone["name"])
+        names.add(Path(run.backbone["name"]).name)
+    if len(name_of) > 1:
+        listed = ", ".join(f"{name} ({fingerprint})" for fingerprint, name in name_of.items())
+        raise ValueError(f"runs of several backbones, {listed}: report one at a time")
+    if without and len(names) > 1:
+        listed = ", ".join(sorted(names))
+        raise ValueError(f"runs of several backbones, {listed}, and {shorten_list(without)} without "
+                         f"a fingerprint: report one at a time")
+    if without and name_of:
+        notes.append(f"{shorten_list(without)}: without a fingerprint of the backbone, so its name "
+                     f"has to do")
+    return Path(runs[0].backbone["name"]).name
 
 
 def leave_languages_out(codes, runs, gold):
@@ -482,8 +482,7 @@ def average_methods(runs, notes):
 
 # ---- Comparison of two methods: paired hits, intervals, a test for each language ----
 
-# From here on the plain words carry: with fewer seeds an interval says little of the methods
-ENOUGH_SEEDS = 5
+ENOUGH_SEEDS = 5                        # with fewer the report says what an interval leaves out
 LEVEL = 0.05                            # of tests; intervals are 95 % ones
 ANGLES = np.linspace(0, np.pi / 2, 4_001)               # grid of the integral in student_tail
 
@@ -517,6 +516,10 @@ class Comparison:
             return "95 % intervals over test sentences alone (one seed)"
         return f"95 % intervals ({self.seeds} seeds)"
 
+    def axis_label(self):
+        """What the horizontal axis of a picture is."""
+        return f"accuracy of {self.names[0]} minus {self.names[1]} (points)"
+
     def some_significant(self):
         """Whether at least one language is."""
         return any(line["note"] == "significant" for line in self.languages)
@@ -542,7 +545,9 @@ def pair_hits(runs_a, runs_b, gold, notes):
     seeds = sorted(run_a.keys() & run_b.keys())
     paired = [run_a[seed] for seed in seeds] + [run_b[seed] for seed in seeds]
     scored = set().union(*(run.hits for run in paired))
-    languages = [code for code in sorted(scored) if all(code in run.hits for run in paired)]
+    languages = sorted(scored)
+    for run in paired:
+        languages = [code for code in languages if code in run.hits]
     if not languages:
         raise ValueError("--compare: the two have no seed and language in common")
     if run_a.keys() != run_b.keys() or len(languages) < len(scored):
@@ -949,8 +954,10 @@ def split_into_strips(values, lines):
     strips = [(f"{value} ({len(lines_of[value])})", lines_of[value]) for value in frequent]
     strips.sort(key=lambda strip: -np.mean([line["A - B"] for line in strip[1]]))
     rare = by_size[len(frequent):]
+    together = []
+    for value in rare:
+        together += lines_of[value]
     if rare:
-        together = [line for value in rare for line in lines_of[value]]
         strips.append((f"{len(rare)} others ({len(together)})", together))
     return strips
 
@@ -1004,8 +1011,8 @@ def draw_strips(axes, strips, colour_of, title):
     axes.set_title(title)
 
 
-def finish_axes(axes, limits, names):
-    """Zero line, grid, and what the horizontal axis is."""
+def finish_axes(axes, limits):
+    """Zero line, grid, and the same limits for all."""
     axes.axvline(0, color="black", linewidth=0.8, zorder=0)
     axes.grid(axis="x", alpha=0.25)
     axes.set_axisbelow(True)
@@ -1013,7 +1020,6 @@ def finish_axes(axes, limits, names):
     axes.tick_params(axis="y", length=0)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
-    axes.set_xlabel(f"accuracy of {names[0]} minus {names[1]} (points)")
 
 
 def with_margin(values):
@@ -1064,10 +1070,11 @@ def draw_overview(comparison, assigned, config, facts):
     highs = [line["high"] for line in comparison.groups]
     limits = with_margin(gains + lows + highs)
     for panel in axes.values():
-        finish_axes(panel, limits, comparison.names)
-    for title in ("groups", "families"):                # the axis is named once for the column
-        axes[title].set_xlabel("")
+        finish_axes(panel, limits)
+    for title in ("groups", "families"):                # numbers and name stand at the bottom
         axes[title].tick_params(axis="x", labelbottom=False)
+    for title in ("languages", "scripts"):
+        axes[title].set_xlabel(comparison.axis_label())
     add_legend(figure, colours, assigned, config, columns=4)
     return figure
 
@@ -1104,14 +1111,15 @@ def draw_languages(comparison, assigned, config, facts):
         labels = [language_name(line["language"], facts) for line in part]
         axes.set_yticks(range(len(part)), labels)
         axes.set_ylim(in_column - 0.4, -0.6)
-        finish_axes(axes, limits, comparison.names)
+        axes.set_xlabel("points")
+        finish_axes(axes, limits)
     dots = []
     if comparison.some_significant():
         dot = {"marker": "o", "color": "black", "linewidth": 1, "markersize": 4}
         dots.append(Line2D([], [], label="significant", **dot))
         dots.append(Line2D([], [], label="not significant", markerfacecolor="white", **dot))
     add_legend(figure, colours, assigned, config, columns=2 * columns, more=dots)
-    figure.suptitle(f"Gain of each language, {comparison.interval_title()}")
+    figure.suptitle(f"{comparison.axis_label()} by language\n{comparison.interval_title()}")
     return figure
 
 
@@ -1174,8 +1182,12 @@ def write_report(folder, text, notes, tables):
     for table in tables:
         for line in table.lines:
             lines.append({"table": table.title, **line})
-    columns = list(dict.fromkeys(key for line in lines for key in line))
-    fields = [[line.get(column) for column in columns] for line in lines]
+    columns = {}                                        # used as a set that keeps its order
+    for line in lines:
+        columns.update(line)
+    fields = []
+    for line in lines:
+        fields.append([line.get(column) for column in columns])
     write_atomically(folder / "report.csv", to_csv(columns, fields))
     print(f"{folder}/report.md, report.csv: written")
 

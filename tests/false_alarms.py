@@ -14,7 +14,17 @@ share of cases, in percent, in which
 report: as report.py does it. bootstrap: 1,000 resamples of seeds and of sentences. fixed: the
 seeds are held fixed, as in McNemar's test or a bootstrap over sentences alone.
 
-RESULT
+With 1,000 cases (standard error of a 5: 0.7), minutes on one core:
+
+                 interval excludes zero      a language marked     A - B over seeds
+    seeds     report  bootstrap    fixed        report    fixed           deviation
+        1       36.6       36.7     36.6           0.0     79.6                   -
+        3        3.9        8.2     32.9           0.0     79.7                1.41
+        5        6.6        7.4     35.2           1.1     80.1                1.38
+       10        5.0        3.2     33.2           3.7     80.2                1.40
+
+With 2,000 other cases the first column is 4.4, 4.7 and 4.1 for 3, 5 and 10 seeds. One seed cannot
+say how much runs differ: its line is why the report then speaks of two runs and marks nothing.
 """
 import argparse
 import sys
