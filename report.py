@@ -319,8 +319,8 @@ def check_one_backbone(runs, notes):
         raise ValueError(f"runs of several backbones, {listed}: report one at a time")
     if without and len(names) > 1:
         listed = ", ".join(sorted(names))
-        raise ValueError(f"runs of several backbones, {listed}, and {shorten_list(without)} without "
-                         f"a fingerprint: report one at a time")
+        raise ValueError(f"runs of several backbones, {listed}, and {shorten_list(without)} has no "
+                         f"fingerprint: report one at a time")
     if without and name_of:
         notes.append(f"{shorten_list(without)}: without a fingerprint of the backbone, so its name "
                      f"has to do")

@@ -5,7 +5,7 @@
 Two methods of equal quality are "trained" with S seeds and "scored" on 46 low-performing languages
 with 204 parallel sentences. A run differs from other runs of its method in all languages together,
 in each language and in each sentence, so much that A - B has a standard deviation over seeds of
-about 1.3 points on the mean of the 46, as XPE - SPT has in the authors' re-runs. Each line is the
+about 1.4 points on the mean of the 46 (XPE - SPT in the authors' re-runs: 1.3). Each line is the
 share of cases, in percent, in which
 
     interval    the 95 % interval of the mean over the 46 languages excludes zero (5 is right)
