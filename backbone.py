@@ -93,7 +93,7 @@ def pick_attention(attention, device, precision):
 
     ours, measured with XLM-R of 3 layers x 192 and 6 x 256, one thread, 32 texts of 80 positions.
     float32 on an AVX2 CPU: eager takes 0.96 to 1.03 of sdpa's time for a training step with
-    dropout, 0.94 to 1.23 without, and 1.05 to 1.18 to evaluate. bf16 on a CPU that has it
+    dropout, 0.94 to 1.23 without, and 1.03 to 1.18 to evaluate. bf16 on a CPU that has it
     (6 x 256): eager makes 4.9 training steps a second and sdpa 4.6 with dropout, 7.9 and 5.0
     without.
     """
@@ -153,7 +153,7 @@ def load_backbone(name, revision="main", attention="sdpa", trust_remote_code=Fal
                       f"({advice(e)})") from None
     kind = backbone.config.model_type
     if getattr(backbone.config, "is_encoder_decoder", False):
-        backbone = backbone.get_encoder()
+        backbone = take_encoder(backbone)
         missing = [key for key in missing if not key.startswith("decoder.")]
         kind = f"{kind}-encoder"
     missing = [key for key in missing if "pooler" not in key]
@@ -167,6 +167,16 @@ def load_backbone(name, revision="main", attention="sdpa", trust_remote_code=Fal
     identity["fingerprint"] = weights_fingerprint(backbone)
     check_vocabulary(backbone, tokenizer, identity)
     return backbone, tokenizer, identity
+
+
+def take_encoder(model):
+    """An encoder-decoder -> its encoder, with its word embeddings where others have them."""
+    encoder = model.get_encoder()
+    try:
+        encoder.get_input_embeddings()
+    except NotImplementedError:     # mBART and NLLB in transformers 4
+        encoder.get_input_embeddings = partial(getattr, encoder, "embed_tokens")
+    return encoder
 
 
 def find_backbone(name, revision, with_code=False):
@@ -301,7 +311,8 @@ def check_backbone(backbone, tokenizer, identity, reads, texts=PROBES):
     check_vocabulary(backbone, tokenizer, identity)
     check_unknown(tokenizer, identity, texts)
     name = describe(identity)
-    short, long = [tokenizer(text)["input_ids"][:TRIAL_TOKENS] for text in TRIAL_TEXTS]
+    short = tokenizer(TRIAL_TEXTS[0])["input_ids"][:TRIAL_TOKENS // 2]
+    long = tokenizer(TRIAL_TEXTS[1])["input_ids"][:TRIAL_TOKENS]
     was_training = backbone.training
     try:
         backbone.eval()
@@ -317,6 +328,10 @@ def check_backbone(backbone, tokenizer, identity, reads, texts=PROBES):
         backbone.train(was_training)
     if not (together.isfinite().all() and gradient.isfinite().all()):
         raise ValueError(f"{name}: outputs or gradients that are not finite numbers")
+    width = getattr(backbone.config, "hidden_size", together.shape[1])
+    if together.shape[1] != width:
+        raise ValueError(f"{name}: its states are {together.shape[1]} wide, its configuration says "
+                         f"{width}; a head of that width would not fit")
     if relative_change(alone, other) < 1e-6:
         raise ValueError(f"{name}: with prompt.reads={reads} the head sees nothing of the text; a "
                          "causal model needs prompt.reads=last")
