@@ -433,9 +433,9 @@ def read_checkpoint(path):
         fits = type(state["step"]) is int and state["step"] > 0 and len(state["learners"]) > 0
         if not fits or not all(map(is_folder_name, state["learners"])):
             raise ValueError("lacks its step or learners")
-    except OSError:
-        raise
     except Exception as error:      # whatever torch.load makes of a damaged or hostile file
+        if isinstance(error, OSError) and error.filename:
+            raise                   # it could not be opened
         raise damaged_checkpoint(path, error) from None
     return state
 
@@ -925,10 +925,7 @@ def run_pass(work, job, backbone, tokenizer, device, resume, quiet):
         backbone = copy.deepcopy(backbone)      # the next pass starts from the same weights
     for learner in learners:
         learner.build(job, backbone)
-    if job.reads == "prompt" or job.mode == "full":
-        model = join_learners(learners, shorten(backbone), job.reads)
-    else:
-        model = join_learners(learners, backbone, job.reads)
+    model = join_learners(learners, backbone, job.reads)
     autocast = place(model, device, cfg["amp"], cfg["frozen_weights"])
     check_longest_text(learners, model)
 
@@ -1054,6 +1051,8 @@ def main(argv=None):
         raise ValueError(f"--adapt {args.adapt}: was trained on another backbone than "
                          f"{settings['name']}")
     describe_learners(learners, job, tokenizer, identity)
+    if job.reads == "prompt" or job.mode == "full":     # the head reads position 0
+        backbone = shorten(backbone)
     for learner in learners:
         training = learner.saved_training()
         if training is not None:
