@@ -100,7 +100,7 @@ def test_the_floor_does_as_much_without_padding(setup):
 def test_evaluation_answers_the_texts_that_it_counts(setup):
     """Catches: sentences counted that are not answered; on a CPU only the longest ones."""
     ours = bench.Ours(setup, 1, [])
-    evaluation = bench.Evaluation(setup, ours, budget=2_000)
+    evaluation = bench.Evaluation(setup, ours, budget=640)
     assert evaluation.count_texts() == len(evaluation.texts) < len(setup.test)
     lengths = np.concatenate(evaluation.batches)
     assert sorted(lengths) == sorted(len(ids) for ids in evaluation.texts)
