@@ -270,6 +270,23 @@ def test_which_runs_share_a_pass(world, tmp_path):
     assert evaluate.group_runs(runs) == [[a, b], *alone]
 
 
+@pytest.mark.parametrize("reads", ["first", "mean", "last"])
+def test_what_the_head_reads(reads, world, tmp_path):
+    """Catches: a last layer that computes position 0 alone under a head that reads another one."""
+    folder = write_run(tmp_path / "run", world, reads=reads)
+    prompt, head, _ = xpe.load_prompt(folder)
+    backbone, tokenizer = load_plainly(str(world / "backbone"))
+    ids = tokenizer("star atom cell beach")["input_ids"]
+    words = backbone.embeddings.word_embeddings.weight[torch.tensor(ids)]
+    x = torch.cat((prompt.eval()()[0], words))[None]
+    with torch.no_grad():
+        h = backbone(inputs_embeds=x, attention_mask=torch.ones(x.shape[:2]))[0][0, 4:]   # (T, H)
+        vector = {"first": h[0], "last": h[-1], "mean": h.mean(dim=0)}[reads]
+        expected = head.eval()(vector[None]).softmax(dim=1)
+    _, probabilities = evaluate.load(folder, "cpu")(["star atom cell beach"])
+    close(probabilities, expected)
+
+
 def test_a_fully_tuned_run_has_its_own_backbone(world, tmp_path, capsys):
     """Catches: full fine-tuning scored with the backbone it started from."""
     folder = write_run(tmp_path / "full-two-s11", world, kind="full", reads="first")
@@ -571,6 +588,18 @@ def test_sources_that_make_no_sense(sources, world, tmp_path):
     folder = write_run(tmp_path / "run", world, sources=sources)
     with pytest.raises(ValueError, match="prompt.json: 'sources' must be a list of language codes"):
         evaluate.Run(folder)
+
+
+def test_backbone_and_data_are_those_of_the_training(world, tmp_path):
+    """Catches: scores on the hub's newest files instead of the commit met in training; the word
+    for a folder taken for a branch."""
+    backbone = {"name": "someone/encoder", "revision": "c0ffee"}
+    opened = evaluate.Run(write_run(tmp_path / "run", world, backbone=backbone))
+    assert opened.config["backbone"]["name"] == "someone/encoder"
+    assert opened.config["backbone"]["revision"] == "c0ffee"
+    assert opened.config["data"]["revision"] == "main" and opened.changed == []
+    opened = evaluate.Run(tmp_path / "run", backbone="another/encoder")
+    assert opened.config["backbone"]["revision"] == "main" and opened.changed == ["backbone"]
 
 
 def test_a_backbones_code_is_not_trusted_because_a_run_says_so(run):
