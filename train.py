@@ -820,7 +820,7 @@ def read_job(args):
         raise ValueError(f"{folder}: has the labels {', '.join(corpus.labels)}; {args.adapt} knows "
                          f"{', '.join(source.meta['labels'])}")
     if config["evaluate"]["after_training"]:
-        check_test_split(corpus, languages if source else corpus.languages())
+        check_test_split(corpus, languages if source else with_test_split(corpus))
 
     reads, max_length = config["prompt"]["reads"], config["data"]["max_length"]
     if mode == "full":
@@ -829,6 +829,12 @@ def read_job(args):
         reads, max_length = source.meta["reads"], source.meta["max_length"]
     data = {"name": config["data"]["name"], "revision": revision}
     return Job(config, cfg, mode, source, group, languages, corpus, data, reads, max_length)
+
+
+def with_test_split(corpus):
+    """The languages that can be scored; if none can, all of them."""
+    able = [language for language in corpus.languages() if "test" in corpus.splits(language)]
+    return able or corpus.languages()
 
 
 def check_test_split(corpus, languages):
