@@ -3,8 +3,6 @@
 test_robustness.py runs `fuzz` in forked children with a limit on their memory. Whatever a file
 holds, it must be read, or refused in one line that names it, in little time and memory.
 """
-import copy
-import functools
 import io
 import json
 import random
@@ -26,12 +24,13 @@ import data
 import formats
 import train
 import xpe
-from robust_helpers import HERE
+from robust_helpers import HERE, remember_default_config
 
 ODD_VALUES = (
-    None, True, False, 0, -1, 1, 7, 2 ** 31, 2 ** 63, 10 ** 30, 10 ** 5000, 0.0, -0.5, 1e308, 5e-324,
-    float("nan"), float("inf"), "", "0", "x", "nan", "None", "main", "xpe", "../../etc/passwd",
-    "/etc/passwd", "C:\\\\con", "\0", "\n", "\ud800", "\u202e\u0644", "\U0001f600" * 3, "x" * 70000,
+    None, True, False, 0, -1, 1, 7, 2 ** 31, 2 ** 63, 10 ** 30, 10 ** 5000, 0.0, -0.5, 1e308,
+    5e-324, float("nan"), float("inf"), "", "0", "x", "nan", "None", "main", "xpe",
+    "../../etc/passwd", "/etc/passwd", "C:\\\\con", "\0", "\n", "\ud800", "\u202e\u0644", "\U0001f600" * 3,
+    "x" * 70000,
     "*a", "!!python/name:os.system", [], {}, [[]], {"": ""}, {"x": {}}, [None], ["a", "a"],
     list(range(50)), [0, 1] * 4)
 ODD_BYTES = (
@@ -179,7 +178,7 @@ def change_header(raw, draw):
     return None if head is None else len(head).to_bytes(8, "little") + head + body
 
 
-# ---- Good files of every kind, and how they are read ----------------------------------------------
+# ---- Good files of every kind, and how they are read --------------------------------------------
 
 AUTHORS_CONFIG = {
     "peft_type": "XPE", "encoder_ratio": 1.0, "token_dim": 16, "num_virtual_tokens": 4,
@@ -233,7 +232,7 @@ class Readers:
         shutil.copytree(material / RUN, folder / "good")        # what is not changed
         for name in ("train.tsv", "config.yaml"):
             shutil.copy(material / name, folder)
-        read_default_config_once()
+        remember_default_config()
 
     def kinds(self):
         """{kind: (file, function that reads it, ways to change it beside change_bytes)}."""
@@ -294,19 +293,7 @@ def make_learner(folder):
     return learner
 
 
-def read_default_config_once():
-    """The default config.yaml takes half of the time of reading a configuration."""
-    real_read = config.read_yaml
-    read_default = functools.cache(lambda: real_read(HERE / "config.yaml"))
-
-    def read_yaml(path):
-        if Path(path) == HERE / "config.yaml":
-            return copy.deepcopy(read_default())
-        return real_read(path)
-    config.read_yaml = read_yaml
-
-
-# ---- The run of it ----------------------------------------------------------------------------------
+# ---- The run of it ------------------------------------------------------------------------------
 
 class TooSlow(BaseException):
     """More than its time for one file."""
