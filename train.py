@@ -12,7 +12,7 @@ A *learner* is one prompt in training: its seed, data, prompt, head, optimizer a
 Learners with equally many sentences (ten seeds, say) share a *pass*: their batches go through the
 frozen backbone side by side. One learner alone is the paper's case, and the loop reads the same.
 
-Read downwards: data, rates, the learner, checkpoints, `train` (the loop), the command line.
+Read downwards: data, rates, the learner, `train` (the loop), checkpoints, the command line.
 """
 import signal
 if __name__ == "__main__":      # while torch is imported, Ctrl-C is no traceback: see data.run_main
@@ -56,7 +56,8 @@ except ImportError:
 # Under fp16 a first step that overflows is left out, as it should be; torch takes it for a mistake
 warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
 
-# Settings that change how much memory a run takes, not what it computes: --resume may change them
+# Settings for the memory that there is: --resume may change them. (Other company in a pass means
+# other dropout, but the same recipe.)
 MEMORY_SETTINGS = ("learners_at_once", "tokens")
 DIVERGED = "diverged.txt"
 
@@ -147,6 +148,10 @@ class Progress:
     log_bytes: int = 0              # length of metrics.jsonl
 
 
+class OtherSettings(ValueError):
+    """A run was begun with other settings than the command that is to go on with it."""
+
+
 class Learner:
     """One prompt in training: its folder, seed and data; in a pass its modules and optimizer."""
 
@@ -155,7 +160,7 @@ class Learner:
         self.meta = meta                    # becomes prompt.json
         self.log_path = self.folder / "metrics.jsonl"
         self.log = None                     # metrics.jsonl, open and locked during a pass
-        self.task = None                    # see load_task
+        self.task = None                    # see describe_learners
         self.progress = Progress()
         self.best = None                    # tensors of the best step, on the CPU
 
@@ -187,8 +192,8 @@ class Learner:
             if key in MEMORY_SETTINGS or (type(before) is type(value) and before == value):
                 continue
             hint = f"; --set train.{key}={before}" if key in ("amp", "frozen_weights") else ""
-            raise ValueError(f"{path}: {key} was {before!r}, not {value!r}: --resume goes on with "
-                             f"the same settings only{hint}")
+            raise OtherSettings(f"{path}: {key} was {before!r}, not {value!r}: --resume goes on "
+                                f"with the same settings only{hint}")
 
     def claim_folder(self, resume):
         """Make the folder ours, against all other processes; FileExistsError if it is taken."""
@@ -212,6 +217,11 @@ class Learner:
             with suppress(OSError):     # of a full disk, which write_log has told
                 self.log.close()
 
+    def release_memory(self):
+        """Let go of what only training needs: in full fine-tuning, gigabytes for each seed."""
+        self.optimizer = self.schedule = self.parameters = None
+        self.backbone = self.best = None
+
     def write_log(self, **values):
         """Append a line to metrics.jsonl."""
         line = json.dumps(values).encode() + b"\n"
@@ -233,19 +243,16 @@ class Learner:
         """Make prompt and head, from the seed or as the source run left them."""
         torch.manual_seed(self.seed)
         prompt_width, head_width = xpe.widths(backbone)
-        self.backbone = None
+        self.backbone = backbone if job.mode == "full" else None
+        self.prompt = None
         if job.source:
             config = dict(job.source.prompt.config, dropout=job.cfg["prompt_dropout"])
             self.prompt = xpe.SoftPrompt(**config)
             self.prompt.load_state_dict(job.source.prompt.state_dict())
             self.head = copy.deepcopy(job.source.head)
-        elif job.mode == "full":
-            self.prompt = None
-            self.head = xpe.ClassificationHead(head_width, len(job.corpus.labels),
-                                               head_dropout(backbone.config))
-            self.backbone = backbone
         else:
-            self.prompt = xpe.SoftPrompt(prompt_width, **job.prompt_arguments())
+            if job.mode != "full":
+                self.prompt = xpe.SoftPrompt(prompt_width, **job.prompt_arguments())
             self.head = xpe.ClassificationHead(head_width, len(job.corpus.labels),
                                                head_dropout(backbone.config))
         if job.mode == "head":      # the baseline: a random prompt that stays random
@@ -300,7 +307,8 @@ class Learner:
         """Go on from `state`, read from `path`; ValueError if it is not a state of this run."""
         self.check_settings(state["settings"], path)
         if state["optimizer"]["state"]:     # empty if under fp16 every step has overflowed so far
-            # a step with zero gradients fills ours: the checkpoint must look like it
+            # torch does not check the shapes of an optimizer's state. A step with zero gradients
+            # fills ours, so that the two can be compared
             for parameter in self.parameters:
                 parameter.grad = torch.zeros_like(parameter)
             self.optimizer.step()
@@ -389,118 +397,6 @@ def head_dropout(config):
         if value is not None:
             return float(value)
     return 0.1
-
-
-# ---- Checkpoints: one file for each pass ---------------------------------------------------------
-# pass.json in each folder names the learners of its pass; checkpoint.pt lies in the first one's.
-
-def save_checkpoint(learners, step):
-    """Write the state of a whole pass as one file: whenever the process dies, there is a step at
-    which all of its learners can go on together."""
-    random = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        random["cuda"] = torch.cuda.get_rng_state()
-    state = {"step": step, "random": random,
-             "learners": {learner.folder.name: learner.state_dict() for learner in learners}}
-    path = checkpoint_path(learners[0].folder)
-    xpe.write_atomically(path, lambda file: torch.save(state, file))
-
-
-def checkpoint_path(folder):
-    """Where the checkpoint lies of the pass that trains the run of `folder`: with the first of its
-    learners. Raises ValueError for a pass.json that names none."""
-    path = Path(folder) / "pass.json"
-    first = folder.name
-    if path.is_file():
-        names = xpe.read_json(path).get("learners")
-        if not isinstance(names, list) or not names or not all(map(is_folder_name, names)):
-            raise ValueError(f"{path}: must name the learners of a pass; without it the run starts "
-                             f"over")
-        first = names[0]
-    return folder.parent / first / "checkpoint.pt"
-
-
-def is_folder_name(name):
-    """Whether `name`, out of a file, is the bare name of a folder and no path to elsewhere."""
-    return isinstance(name, str) and re.fullmatch(r"[\w+-][\w.+-]*", name) is not None
-
-
-def read_checkpoint(path):
-    """-> {step, random, learners: {folder name: state}}; ValueError for a file that is none."""
-    try:
-        # weights_only: tensors and plain values; no code in a hostile file is run
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        fits = type(state["step"]) is int and state["step"] > 0 and len(state["learners"]) > 0
-        if not fits or not all(map(is_folder_name, state["learners"])):
-            raise ValueError("lacks its step or learners")
-    except Exception as error:      # whatever torch.load makes of a damaged or hostile file
-        if isinstance(error, OSError) and error.filename:
-            raise                   # it could not be opened
-        raise damaged_checkpoint(path, error) from None
-    return state
-
-
-def restore_checkpoint(learners, state, path):
-    """Put learners back to where `state`, of read_checkpoint, has them -> the step it is of."""
-    for learner in learners:
-        try:
-            learner.load_state_dict(state["learners"][learner.folder.name], path)
-        except Exception as error:
-            if isinstance(error, ValueError) and "--resume" in str(error):
-                raise       # other settings: that message is for the user
-            raise damaged_checkpoint(path, error) from None
-    try:
-        torch.set_rng_state(state["random"]["cpu"])
-        if torch.cuda.is_available() and "cuda" in state["random"]:
-            torch.cuda.set_rng_state(state["random"]["cuda"])
-    except Exception as error:
-        raise damaged_checkpoint(path, error) from None
-    for learner in learners:
-        learner.cut_log(learner.progress.log_bytes)
-    return state["step"]
-
-
-def damaged_checkpoint(path, error):
-    """The error for a checkpoint that cannot be used."""
-    reason = (str(error).splitlines() or [""])[0][:200]
-    return ValueError(f"{path}: not a checkpoint of this run ({type(error).__name__}: {reason}); "
-                      f"remove it and the run starts over")
-
-
-def layout(value):
-    """A nest of dicts, lists, tensors and plain values -> the same of keys, shapes and types."""
-    if isinstance(value, dict):
-        return {key: layout(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [layout(item) for item in value]
-    if torch.is_tensor(value):
-        return value.shape, value.dtype
-    return type(value)
-
-
-class Interrupts:
-    """Ctrl-C and a scheduler's signals become a flag: the step ends and a checkpoint is written.
-    The second one ends the process at once."""
-
-    def __enter__(self):
-        self.arrived = False
-        self.handlers = {}
-        for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
-            number = getattr(signal, name, None)        # Windows lacks the last two
-            if number is None:
-                continue
-            if name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN:
-                continue        # nohup: it asked for this signal to be ignored
-            self.handlers[number] = signal.signal(number, self.note_arrival)
-        return self
-
-    def note_arrival(self, *_):
-        self.arrived = True
-        self.__exit__()
-
-    def __exit__(self, *_):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
 
 
 # ---- The loop ------------------------------------------------------------------------------------
@@ -641,16 +537,130 @@ def finish_stopped(learners):
     for learner in learners:
         if learner.progress.stopped:
             learner.finish()
+            learner.release_memory()
     return [learner for learner in learners if not learner.progress.stopped]
 
 
 def join_learners(learners, backbone, reads):
     """-> the PromptedClassifier that holds the prompts and heads of learners in training."""
     heads = [learner.head for learner in learners]
-    if learners[0].prompt is None:
+    if learners[0].prompt is None:      # full fine-tuning
         return xpe.PromptedClassifier(backbone, None, heads, reads, frozen=False)
     prompts = [learner.prompt for learner in learners]
     return xpe.PromptedClassifier(backbone, prompts, heads, reads)
+
+
+# ---- Checkpoints: one file for each pass ---------------------------------------------------------
+# pass.json says who began a pass together, so that each folder leads to the checkpoint, which lies
+# in the first one's. The checkpoint's own list says who goes on: not those that had ended before.
+
+def save_checkpoint(learners, step):
+    """Write the state of a whole pass as one file: whenever the process dies, there is a step at
+    which all of its learners can go on together."""
+    random = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        random["cuda"] = torch.cuda.get_rng_state()
+    state = {"step": step, "random": random,
+             "learners": {learner.folder.name: learner.state_dict() for learner in learners}}
+    path = checkpoint_path(learners[0].folder)
+    xpe.write_atomically(path, lambda file: torch.save(state, file))
+
+
+def checkpoint_path(folder):
+    """The checkpoint of the pass that `folder` belongs to, in the folder of its first learner.
+    Raises ValueError for a pass.json that names none."""
+    path = Path(folder) / "pass.json"
+    first = folder.name
+    if path.is_file():
+        names = xpe.read_json(path).get("learners")
+        if not isinstance(names, list) or not names or not all(map(is_folder_name, names)):
+            raise ValueError(f"{path}: must name the learners of a pass; without it the run starts "
+                             f"over")
+        first = names[0]
+    return folder.parent / first / "checkpoint.pt"
+
+
+def is_folder_name(name):
+    """Whether `name`, out of a file, is the bare name of a folder and no path to elsewhere."""
+    return isinstance(name, str) and re.fullmatch(r"[\w+-][\w.+-]*", name) is not None
+
+
+def read_checkpoint(path):
+    """-> {step, random, learners: {folder name: state}}; ValueError for a file that is none."""
+    try:
+        # weights_only: tensors and plain values; no code in a hostile file is run
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        fits = type(state["step"]) is int and state["step"] > 0 and len(state["learners"]) > 0
+        if not fits or not all(map(is_folder_name, state["learners"])):
+            raise ValueError("lacks its step or learners")
+    except Exception as error:      # whatever torch.load makes of a damaged or hostile file
+        if isinstance(error, OSError) and error.filename:
+            raise                   # it could not be opened
+        raise damaged_checkpoint(path, error) from None
+    return state
+
+
+def restore_checkpoint(learners, state, path):
+    """Put learners back to where `state`, of read_checkpoint, has them -> the step it is of."""
+    for learner in learners:
+        try:
+            learner.load_state_dict(state["learners"][learner.folder.name], path)
+        except OtherSettings:
+            raise
+        except Exception as error:      # whatever a damaged or hostile state makes torch raise
+            raise damaged_checkpoint(path, error) from None
+    try:
+        torch.set_rng_state(state["random"]["cpu"])
+        if torch.cuda.is_available() and "cuda" in state["random"]:
+            torch.cuda.set_rng_state(state["random"]["cuda"])
+    except Exception as error:
+        raise damaged_checkpoint(path, error) from None
+    for learner in learners:
+        learner.cut_log(learner.progress.log_bytes)
+    return state["step"]
+
+
+def damaged_checkpoint(path, error):
+    """The error for a checkpoint that cannot be used."""
+    reason = (str(error).splitlines() or [""])[0][:200]
+    return ValueError(f"{path}: not a checkpoint of this run ({type(error).__name__}: {reason}); "
+                      f"remove it and the run starts over")
+
+
+def layout(value):
+    """A nest of dicts, lists, tensors and plain values -> the same of keys, shapes and types."""
+    if isinstance(value, dict):
+        return {key: layout(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [layout(item) for item in value]
+    if torch.is_tensor(value):
+        return value.shape, value.dtype
+    return type(value)
+
+
+class Interrupts:
+    """Ctrl-C and a scheduler's signals become a flag: the step ends and a checkpoint is written.
+    The second one ends the process at once."""
+
+    def __enter__(self):
+        self.arrived = False
+        self.handlers = {}
+        for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
+            number = getattr(signal, name, None)        # Windows lacks the last two
+            if number is None:
+                continue
+            if name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN:
+                continue        # nohup: it asked for this signal to be ignored
+            self.handlers[number] = signal.signal(number, self.note_arrival)
+        return self
+
+    def note_arrival(self, *_):
+        self.arrived = True
+        self.__exit__()
+
+    def __exit__(self, *_):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
 
 
 # ---- The command line ----------------------------------------------------------------------------
@@ -686,7 +696,8 @@ def parse_arguments(argv):
     add = parser.add_argument
     add("--mode", choices=xpe.KINDS, help="spt, xpe, dual, or the baselines head and full")
     add("--ratio", type=float, help="with --mode dual: share of encoded rows")
-    add("--sources", required=True, metavar="FILE", help="settings; name the source group")
+    add("--sources", required=True, metavar="FILE",
+        help="settings file; its `sources:` names the group to train on")
     add("--group", help="another group of that file")
     add("--languages", help="these languages instead, separated by commas")
     add("--seeds", help="11, 11-20 or 11,15 (default: 11)")
@@ -749,9 +760,6 @@ def settings_for(config, mode, adapt, steps):
         cfg.update(config["adapt"])
     if steps is not None:
         cfg.update(steps=steps, epochs=0)
-    for key in ("batch_size", "accumulate", "learners_at_once"):
-        if cfg[key] < 1:
-            raise ValueError(f"train.{key} must be at least 1, not {cfg[key]}")
     if cfg["steps"] < 1 and cfg["epochs"] < 1:
         raise ValueError(f"--steps {cfg['steps']}: at least 1, or train.epochs")
     cfg["mode"] = mode
@@ -832,7 +840,7 @@ def read_job(args):
 
 
 def with_test_split(corpus):
-    """The languages that can be scored; if none can, all of them."""
+    """The languages that can be scored; if none can, all, so that the error names a file."""
     able = [language for language in corpus.languages() if "test" in corpus.splits(language)]
     return able or corpus.languages()
 
@@ -864,12 +872,38 @@ def make_learners(job, seeds, out):
     return learners
 
 
+def check_source_backbone(job, identity):
+    """Raise ValueError if the run to adapt was trained on another backbone; released ones do not
+    say on which weights."""
+    if not job.source:
+        return
+    trained_on = job.source.meta["backbone"].get("fingerprint")
+    if trained_on and trained_on != identity["fingerprint"]:
+        raise ValueError(f"--adapt {job.source.folder}: was trained on another backbone than "
+                         f"{identity['name']}")
+
+
+def fit_max_length(job, backbone):
+    """Cut texts where the positions of the backbone end, if data.max_length does not do so before.
+    Raises ValueError if the prompt leaves no room for a text."""
+    P = 0
+    if job.source:
+        P = job.source.prompt.length
+    elif job.mode != "full":
+        P = job.config["prompt"]["length"]
+    room = xpe.positions(backbone) - P
+    if room < 3:        # one token between <s> and </s>
+        raise ValueError(f"prompt.length {P}: the backbone has {room + P} positions, which leaves "
+                         f"no room for a text")
+    job.max_length = min(job.max_length, room)
+
+
 def describe_learners(learners, job, tokenizer, identity):
     """Read and tokenize the learners' data, and fill in what prompt.json is to say of them."""
     settings = dict(job.cfg, backbone=identity["fingerprint"], reads=job.reads,
                     max_length=job.max_length)
     if job.source:
-        settings["source"] = job.source.name
+        settings["source"] = job.source.prompt_fingerprint()
     elif job.mode != "full":
         settings.update({f"prompt.{key}": value for key, value in job.config["prompt"].items()})
     versions = {"python": platform.python_version(), "torch": torch.__version__,
@@ -911,7 +945,8 @@ def plan_passes(learners, size):
             lacking = [name for name in names if name not in by_name]
             if lacking:
                 raise ValueError(f"{learner.folder.name} is trained together with "
-                                 f"{', '.join(lacking)}: --resume them in one command")
+                                 f"{', '.join(lacking)}: --resume them in one command, under "
+                                 f"torchrun with as many processes as before")
             if learner.folder.name in names:
                 passes.append(Pass([by_name[name] for name in names], checkpoint, path))
                 placed.update(names)
@@ -933,7 +968,6 @@ def run_pass(work, job, backbone, tokenizer, device, resume, quiet):
         learner.build(job, backbone)
     model = join_learners(learners, backbone, job.reads)
     autocast = place(model, device, cfg["amp"], cfg["frozen_weights"])
-    check_longest_text(learners, model)
 
     steps, _, _ = count_steps(cfg, len(learners[0].task.lengths))
     for learner in learners:
@@ -946,9 +980,10 @@ def run_pass(work, job, backbone, tokenizer, device, resume, quiet):
         start_folders(learners, job)
         torch.manual_seed(learners[0].seed)     # of all dropout
     count = learners[0].meta["training"]["trainable"]
+    precision = "float32" if cfg["amp"] == "off" else cfg["amp"]
     print(f"{job.mode}: {len(learners)} x {count:,} trainable numbers; "
           f"{len(learners[0].task.lengths):,} sentences of {job.group}; {device.type}, "
-          f"{describe_precision(cfg['amp'])}", flush=True)
+          f"{precision}", flush=True)
     finished = True
     learners = finish_stopped(learners)     # a crash may have come between checkpoint and result
     if learners:
@@ -964,20 +999,6 @@ def clear_pass(learners):
         for learner in learners:
             for name in ("pass.json", "checkpoint.pt"):
                 (learner.folder / name).unlink(missing_ok=True)
-
-
-def describe_precision(amp):
-    """The word for a precision in what is printed."""
-    return "float32" if amp == "off" else amp
-
-
-def check_longest_text(learners, model):
-    """Raise ValueError if a text and the prompt are longer together than the backbone can take."""
-    longest = 0
-    for learner in learners:
-        for split_ids in learner.task.ids.values():
-            longest = max(longest, *[len(ids) for ids in split_ids])
-    model.check_batch(torch.ones(1, longest))
 
 
 def start_folders(learners, job):
@@ -1053,9 +1074,8 @@ def main(argv=None):
                                                   settings["trust_remote_code"])
     texts = [job.corpus.read(language, "train")[0].text for language in job.languages]
     check_backbone(backbone, tokenizer, identity, job.reads, texts)
-    if job.source and job.source.meta["backbone"].get("fingerprint") != identity["fingerprint"]:
-        raise ValueError(f"--adapt {args.adapt}: was trained on another backbone than "
-                         f"{settings['name']}")
+    check_source_backbone(job, identity)
+    fit_max_length(job, backbone)
     describe_learners(learners, job, tokenizer, identity)
     if job.reads == "prompt" or job.mode == "full":     # the head reads position 0
         backbone = shorten(backbone)
@@ -1075,11 +1095,12 @@ def main(argv=None):
 def score_trained(folders, job, device, args):
     """Score new runs on all languages; adapted ones on their own, beside the source run's score."""
     trust = job.config["backbone"]["trust_remote_code"]
-    runs = [Run(folder, args.backbone, args.data, trust) for folder in folders]
+    runs = [Run(folder, trust=trust) for folder in folders]
     if not job.source:
         score_runs(runs, device=device, amp=job.cfg["amp"])
         return
-    source_lines = score_runs([job.source], languages=job.languages, device=device,
+    languages = [run.meta["adapted_to"] for run in runs]
+    source_lines = score_runs([job.source], languages=list(dict.fromkeys(languages)), device=device,
                               amp=job.cfg["amp"], show=False)[0]
     before = {line["language"]: line["accuracy"] for line in source_lines}
     adapted_lines = score_runs(runs, device=device, amp=job.cfg["amp"], show=False)

@@ -25,6 +25,7 @@ import transformers
 from torch import nn
 
 import data
+import evaluate
 import train
 import xpe
 from config import read_config, read_yaml
@@ -521,7 +522,7 @@ def test_bad_command_lines(world, tmp_path, capsys, monkeypatch, argv, message):
     (["--set", "prompt.length=0"], "prompt.length must be at least 1"),
     (["--set", "prompt.encoder=attention", "--set", "prompt.heads=5"],
      "5 attention heads do not divide"),
-    (["--set", "prompt.length=62"], r"62 prompt rows \+ .* exceed the 62")])
+    (["--set", "prompt.length=62"], r"prompt.length 62: .* no room for a text")])
 def test_what_does_not_fit_is_told_before_anything_is_written(world, tmp_path, capsys, argv,
                                                               message):
     """Catches: a run folder left behind, for which the next attempt would be refused."""
@@ -669,7 +670,8 @@ def test_a_run_folder_says_what_was_done(world, tmp_path):
     prompt, _, meta = xpe.load_prompt(folder)
     assert meta["kind"] == "dual" and meta["seed"] == 12 and meta["reads"] == "prompt"
     assert meta["sources"] == ["aaa_Latn", "bbb_Latn"] and meta["labels"] == list(data.LABELS)
-    assert meta["backbone"]["name"] == str(world / "backbone") and meta["max_length"] == 164
+    assert meta["backbone"]["name"] == str(world / "backbone")
+    assert meta["max_length"] == 62 - prompt.length     # all that the tiny backbone has room for
     assert len(meta["backbone"]["fingerprint"]) == len(meta["tokenizer"]) == 16
     sentences = []
     for split in ("train", "dev"):
@@ -696,6 +698,58 @@ def source_run(world, tmp_path_factory):
     return out / "xpe-two-s12"
 
 
+def test_an_adaptation_knows_its_source_by_its_tensors(world, source_run, tmp_path):
+    """Catches: an adaptation of a source run that has been trained anew taken for finished."""
+    source = shutil.copytree(source_run, tmp_path / "sources" / source_run.name)
+    arguments = ["--adapt", source, "--languages", "ccc_Latn", "--steps", "2"]
+    assert train.main(command(world, tmp_path / "out", *arguments)) == 0
+    prompt, head, meta = xpe.load_prompt(source)
+    head.out_proj.bias.data += 1.0
+    xpe.save_prompt(source, prompt, head, meta)
+    with pytest.raises(ValueError, match="source was"):
+        train.main(command(world, tmp_path / "out", *arguments, "--resume"))
+
+
+def test_a_run_whose_backbone_has_no_fingerprint_can_be_adapted(world, source_run, tmp_path):
+    """Catches: a released prompt, whose files do not say on which weights, refused."""
+    source = shutil.copytree(source_run, tmp_path / "sources" / source_run.name)
+    prompt, head, meta = xpe.load_prompt(source)
+    del meta["backbone"]["fingerprint"]
+    xpe.save_prompt(source, prompt, head, meta)
+    arguments = ["--adapt", source, "--languages", "ccc_Latn", "--steps", "2"]
+    assert train.main(command(world, tmp_path / "out", *arguments)) == 0
+    meta["backbone"]["fingerprint"] = "0" * 16
+    xpe.save_prompt(source, prompt, head, meta)
+    with pytest.raises(ValueError, match="trained on another backbone"):
+        train.main(command(world, tmp_path / "other", *arguments))
+
+
+def test_a_finished_learner_holds_no_weights(world, tmp_path, monkeypatch):
+    """Catches: ten seeds of full fine-tuning, each with its own backbone and optimizer, on one GPU."""
+    learners = []
+    finish = train.Learner.finish
+
+    def finish_and_remember(learner):
+        learners.append(learner)
+        finish(learner)
+    monkeypatch.setattr(train.Learner, "finish", finish_and_remember)
+    assert train.main(command(world, tmp_path, "--mode", "full", "--seeds", "11-12")) == 0
+    for learner in learners:
+        assert learner.backbone is None and learner.optimizer is None and learner.best is None
+
+
+def test_a_long_test_text_costs_no_finished_training(world, tmp_path):
+    """Catches: hours of training, then an error over the length of a text that only scoring meets."""
+    root = shutil.copytree(world / "data", tmp_path / "data")
+    path = root / "ccc_Latn" / "test.tsv"
+    lines = path.read_text().splitlines(keepends=True)
+    first_text = lines[1].rsplit("\t", 1)[1].strip()
+    lines[1] = lines[1].replace(first_text, " ".join([first_text] * 60))
+    path.write_text("".join(lines))
+    arguments = ["--data", root, "--steps", "4", "--set", "evaluate.after_training=true"]
+    assert train.main(command(world, tmp_path / "out", *arguments)) == 0
+
+
 def test_an_adapted_prompt_starts_from_its_source(world, source_run, tmp_path):
     """Catches: a prompt or head that starts anew, dropout that the paper takes away, a folder or
     prompt.json that forgets the source."""
@@ -703,11 +757,12 @@ def test_an_adapted_prompt_starts_from_its_source(world, source_run, tmp_path):
                  "--set", "adapt.rate=0.0", "--set", "adapt.encoded_rate=0.0"]
     assert train.main(command(world, tmp_path, *arguments)) == 0
     source_prompt, source_head, _ = xpe.load_prompt(source_run)
+    fingerprint = evaluate.Run(source_run).prompt_fingerprint()
     for language in ("ccc_Latn", "bbb_Latn"):
         prompt, head, meta = xpe.load_prompt(tmp_path / f"xpe-two-s12-to-{language}-s12")
         assert (meta["adapted_to"], meta["adapted_from"]) == (language, "xpe-two-s12")
         assert meta["sources"] == ["aaa_Latn", "bbb_Latn"]
-        assert meta["training"]["settings"]["source"] == "xpe-two-s12"
+        assert meta["training"]["settings"]["source"] == fingerprint
         assert prompt.config["dropout"] == 0.0
         for module, source in ((prompt, source_prompt), (head, source_head)):
             for parameter, other in zip(module.parameters(), source.parameters(), strict=True):
