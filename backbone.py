@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from config import HERE, warn
-from data import download
+from data import download, shorten
 
 # On a CPU oneDNN keeps its code for every shape that it meets, 1,024 by default: 3.0 GB after the
 # test sentences of 205 languages, 1.4 GB with this limit, at the same speed.
@@ -200,6 +200,8 @@ def check_files(folder, name):
     """Raise ValueError in plain words for a folder that cannot be a backbone."""
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise ValueError(f"backbone {name!r} is an adapter: name the backbone that it belongs to")
+    if (folder / "prompt.json").is_file():
+        raise ValueError(f"backbone {name!r} is a run: name the backbone that its prompt.json names")
     if any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin")):
         return
     if any(folder.glob("*.gguf")):
@@ -215,8 +217,9 @@ def load_model(folder, name, attention, trust_remote_code):
     # Always said: transformers 5 would take the type of the file. The keyword was renamed in 4.56.
     version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
     dtype_keyword = "dtype" if version >= (4, 56) else "torch_dtype"
+    # weights of other sizes are told below: transformers would refer to a report, not shown here
     options = {dtype_keyword: torch.float32, "trust_remote_code": trust_remote_code,
-               "output_loading_info": True}
+               "output_loading_info": True, "ignore_mismatched_sizes": True}
     load = partial(transformers.AutoModel.from_pretrained, str(folder), **options)
     try:
         model, info = load(attn_implementation=attention)
@@ -225,6 +228,10 @@ def load_model(folder, name, attention, trust_remote_code):
             raise
         warn(f"backbone {name}: transformers has no sdpa attention for it, eager is used")
         model, info = load(attn_implementation="eager")
+    if info["mismatched_keys"]:
+        key, in_files, by_config = min(info["mismatched_keys"])
+        raise ValueError(f"{key} is {tuple(in_files)} in its files, but {tuple(by_config)} by its "
+                         f"config.json")
     return model, sorted(info["missing_keys"])
 
 
@@ -234,9 +241,9 @@ def refuses_attention(error):
 
 
 def first_line(error):
-    """The first line of an error's message, at most 160 characters."""
+    """The first line of an error's message, about 160 characters at most, cut after a word."""
     text = str(error).strip() or "no answer"
-    return text.splitlines()[0][:160]
+    return shorten(text.splitlines()[0], 160)
 
 
 def advice(error):

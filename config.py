@@ -65,7 +65,7 @@ PLAIN_BOOL = re.compile(r"true|false", re.IGNORECASE)
 class StrictLoader(yaml.SafeLoader):
     """PyYAML's safe loader without the surprises of YAML 1.1.
 
-    Refused, with the line: a key that stands twice (PyYAML drops the first in silence), 011 (read
+    Refused, with the line: a key given twice (PyYAML drops the first in silence), 011 (read
     as 9), 1:30 (read as 90), 1_000, 0x1f, 0b11, dates, aliases, tags and deep nesting. The words
     yes, no, on and off are text: `amp: off` is the word off, [no, en] are two language codes.
     """
@@ -106,7 +106,7 @@ class StrictLoader(yaml.SafeLoader):
         return node
 
     def compose_mapping_node(self, anchor):
-        """Build a mapping in which every key stands once."""
+        """Build a mapping in which every key occurs once."""
         node = super().compose_mapping_node(anchor)
         refuse_tag(node)
         lines = {}
@@ -114,7 +114,7 @@ class StrictLoader(yaml.SafeLoader):
             if not isinstance(key, yaml.ScalarNode):
                 refuse(key, "a key must be a single word")
             if key.value in lines:
-                refuse(key, f"the key {key.value!r} stands twice, first in line {lines[key.value]}")
+                refuse(key, f"the key {key.value!r} is given again, first in line {lines[key.value]}")
             lines[key.value] = key.start_mark.line + 1
         return node
 

@@ -125,16 +125,12 @@ def method_name(kind, prompt_config):
 
 # ---- Runs: where a prompt is, and what its files say ----
 
-class NotARun(FileNotFoundError):
-    """A path that exists and holds no trained prompt. In `dir/*` there may be some."""
-
-
 class Run:
     """A trained prompt and all that is needed to use it.
 
     where: a run folder or a name on the hub. backbone, data: a folder or hub name instead of the
-    run's own. trust: run the code that comes with the backbone. Raises NotARun or FileNotFoundError
-    for what is not there, ValueError for files that cannot be used.
+    run's own. trust: run the code that comes with the backbone. Raises FileNotFoundError for what is
+    not there, ValueError for files that cannot be used.
 
     .name, .folder; .prompt (or None), .head, .meta (see xpe.load_prompt); .config (see
     config.yaml); .sources, codes of languages; .released: in the form of the authors' release;
@@ -215,7 +211,7 @@ def find_run(where):
     if path.is_dir():
         return path.resolve().name, path, False
     if path.exists():
-        raise NotARun(f"{where}: is a file, and a run is a folder")
+        raise FileNotFoundError(f"{where}: is a file, and a run is a folder")
     if any(letter in str(where) for letter in "*?["):
         raise FileNotFoundError(f"{where}: no folder matches")
     name, _, revision = str(where).partition("@")
@@ -244,7 +240,7 @@ def read_prompt(folder):
     path = folder / "prompt.json"
     problem = why_no_run(folder)
     if problem:
-        raise NotARun(f"{folder}: {problem}")
+        raise FileNotFoundError(f"{folder}: {problem}")
     if not path.is_file():
         from formats import read_authors
         return read_authors(folder)
@@ -782,14 +778,14 @@ def on_one_line(text):
 
 
 def open_runs(args):
-    """Run objects of the RUN arguments. Of several, those that are no run are left out with a
-    warning, so that `dir/*` works; FileNotFoundError if none is left."""
+    """Run objects of the RUN arguments. Of several, folders and files that are no run, or a damaged
+    one, are left out with a warning, so that `dir/*` works; FileNotFoundError if none is left."""
     runs = []
     for where in args.runs:
         try:
             runs.append(Run(where, args.backbone, args.data, args.trust_remote_code))
-        except NotARun as error:
-            if len(args.runs) == 1:
+        except (ValueError, FileNotFoundError) as error:
+            if len(args.runs) == 1 or not Path(where).expanduser().exists():
                 raise
             warn(f"left out: {error}")
     if not runs:

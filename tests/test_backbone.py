@@ -273,12 +273,27 @@ def ask_for_code(folder):
     (folder / "evil.py").write_text("raise SystemExit('code was run')")
 
 
+def widen_config(folder):
+    """Weights of other sizes than the configuration says: transformers refers to a report."""
+    path = folder / "config.json"
+    settings = json.loads(path.read_text())
+    settings["intermediate_size"] = 48
+    path.write_text(json.dumps(settings))
+
+
+def make_run(folder):
+    (folder / "config.json").unlink()
+    (folder / "prompt.json").write_text("{}")
+
+
 @pytest.mark.parametrize("spoil, error, message", [
     (drop_weight, ValueError, "lack 1 of its weights, encoder.layer.0.attention.self.query"),
     (remove_weights, ValueError, "holds no weights: wanted are .*safetensors"),
     (leave_gguf, ValueError, "holds GGUF files only, which are made for llama.cpp; take"),
     (leave_tensorflow, ValueError, "holds no weights: .*TensorFlow"),
     (make_adapter, ValueError, "is an adapter: name the backbone"),
+    (make_run, ValueError, "is a run: name the backbone that its prompt.json names"),
+    (widen_config, OSError, r"intermediate.dense.bias is \(32,\) in its files, but \(48,\) by its"),
     (damage_weights, OSError, "cannot load backbone .*check the folder"),
     (damage_config, OSError, "cannot load backbone .*check the folder"),
     (ask_for_code, OSError, "cannot load backbone .*backbone.trust_remote_code=true")])

@@ -162,9 +162,9 @@ def test_a_wrong_setting_is_refused_by_name(tmp_path, text, message):
 
 
 @pytest.mark.parametrize("line, text, message", [
-    (3, "train:\n  steps: 7\ntrain: {rate: 1.0e-3}", "key 'train' stands twice, first in line 1"),
-    (4, "train:\n  steps: 9\n  rate: 1.0e-3\n  steps: 5", "'steps' stands twice, first in line 2"),
-    (2, "groups:\n  {a: [x], 'a': [y]}", "the key 'a' stands twice"),
+    (3, "train:\n  steps: 7\ntrain: {rate: 1.0e-3}", "key 'train' is given again, first in line 1"),
+    (4, "train:\n  steps: 9\n  rate: 1.0e-3\n  steps: 5", "'steps' is given again, first in line 2"),
+    (2, "groups:\n  {a: [x], 'a': [y]}", "the key 'a' is given again"),
     (2, "train:\n  steps: 011", "011 in its own way; write 11, or '011' for text"),
     (1, "train: {steps: 1:30}", "1:30 in its own way"),
     (1, "train: {rate: 1:30.5}", "1:30.5 in its own way"),
@@ -243,7 +243,7 @@ def test_files_that_are_no_configuration(tmp_path):
     ("train.rate=[1", "not readable as YAML"),
     ("train.steps=011", "write 11, or '011' for text"),
     ("train.steps=1:30", "1:30 in its own way"),
-    ("train={steps: 1, steps: 2}", "the key 'steps' stands twice"),
+    ("train={steps: 1, steps: 2}", "the key 'steps' is given again"),
     ("train.amp=*x", "an alias"),
     ("train.rate.more=1", "unknown setting 'train.rate.more'"),
 ])

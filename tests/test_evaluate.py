@@ -504,13 +504,20 @@ def test_a_glob_over_a_folder_of_runs(world, tmp_path, run, capsys):
     (tmp_path / "notes.txt").write_text("")
     (tmp_path / "unfinished").mkdir()
     (tmp_path / "unfinished/checkpoint.pt").write_text("")
+    for name in ("damaged", "without_tensors"):
+        shutil.copytree(run, tmp_path / name)
+    (tmp_path / "damaged/prompt.json").write_text("{}")
+    (tmp_path / "without_tensors/prompt.safetensors").unlink()
     main(*sorted(tmp_path.iterdir()))
     warnings = capsys.readouterr().err
+    assert "left out: " in warnings and "damaged/prompt.json: format is None" in warnings
+    assert "without_tensors: prompt.safetensors, the trained tensors, is missing" in warnings
     assert "empty: holds no prompt.json" in warnings and "notes.txt: is a file" in warnings
     assert "unfinished: its training has not come to an end" in warnings
     assert (run / "test.csv").is_file()
     for name, message in (("empty", "holds no prompt.json"), ("notes.txt", "is a file"),
-                          ("unfinished", "not come to an end"), ("", "holds runs, but is none")):
+                          ("unfinished", "not come to an end"), ("", "holds runs, but is none"),
+                          ("without_tensors", "is missing")):
         with pytest.raises(FileNotFoundError, match=message):
             main(tmp_path / name)
     with pytest.raises(FileNotFoundError, match="none of the 2 RUN arguments is a run"):
