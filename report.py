@@ -438,7 +438,7 @@ def note_mixed_settings(same_method, notes):
         for key in run.settings.keys() | first.settings.keys():
             if run.settings.get(key) != first.settings.get(key):
                 mixed.add(key)
-    mixed -= {"learners_at_once", "tokens"}             # these change speed and memory alone
+    mixed -= {"learners_at_once", "tokens"}         # for the memory that there is: same recipe
     if mixed:
         notes.append(f"{first.method} {first.source}: averaged, although its runs differ in "
                      f"{', '.join(sorted(mixed))}")
@@ -488,7 +488,7 @@ ANGLES = np.linspace(0, np.pi / 2, 4_001)               # grid of the integral i
 
 
 @dataclass
-class PairedHits:
+class SharedSentences:
     """The answers of methods A and B to the same sentences, seed by seed."""
     seeds: list
     sources: set            # of either
@@ -536,7 +536,7 @@ def pick_method(runs, name):
 
 
 def pair_hits(runs_a, runs_b, gold, notes):
-    """Runs of A and of B -> PairedHits of the seeds and languages that all of them have.
+    """Runs of A and of B -> SharedSentences of the seeds and languages that all of them have.
 
     Notes what is lost. Raises ValueError if nothing is left.
     """
@@ -560,7 +560,7 @@ def pair_hits(runs_a, runs_b, gold, notes):
         hits_b[code] = np.array([run_b[seed].hits[code] for seed in seeds], dtype=float)
     sources = set().union(*(run.sources for run in paired))
     ids = {code: gold[code][0] for code in languages}
-    return PairedHits(seeds, sources, ids, hits_a, hits_b)
+    return SharedSentences(seeds, sources, ids, hits_a, hits_b)
 
 
 def average_languages(hits, ids, languages):
@@ -892,7 +892,7 @@ def comparison_table(comparison):
     name_a, name_b = comparison.names
     columns = {"group": "group", "languages": "languages", "A": name_a, "B": name_b}
     columns.update({"A - B": f"{name_a} - {name_b}", "low": "95 % from", "high": "to"})
-    title = f"{name_a} against {name_b}: accuracy in percent, paired seeds: {comparison.seeds}"
+    title = f"{name_a} against {name_b}: accuracy in percent, {comparison.seeds} seeds each"
     remarks = [verdict(comparison.languages), *seed_lines(comparison.seeds)]
     return Table(title, columns, comparison.groups, remarks)
 

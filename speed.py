@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-LIKE_BERT = ("bert", "camembert", "electra", "roberta", "xlm-roberta")      # transformers' model types
+# transformers' model types whose layers have BERT's parts, under BERT's names
+LIKE_BERT = ("bert", "camembert", "electra", "roberta", "xlm-roberta")
 
 
 class FirstPositionAttention(nn.Module):
@@ -99,9 +100,9 @@ def states_agree(backbone, shortened):
 
 
 class CheapDropout(TorchFunctionMode):
-    """A context in which F.dropout decides by 16 random bits an element. On a CPU torch's own, which
-    computes a double for each, takes a fifth of a training step.
+    """A context in which F.dropout decides by 16 random bits an element.
 
+    On a CPU torch's own, which computes a double for each, takes a fifth of a training step.
     p = 0.1 becomes 0.100006. What is drawn in C++, as inside SDPA, stays torch's.
     """
 

@@ -622,7 +622,7 @@ def restore_checkpoint(learners, state, path):
 
 def damaged_checkpoint(path, error):
     """The error for a checkpoint that cannot be used."""
-    reason = (str(error).splitlines() or [""])[0][:200]
+    reason = xpe.first_line(error)[:200]
     return ValueError(f"{path}: not a checkpoint of this run ({type(error).__name__}: {reason}); "
                       f"remove it and the run starts over")
 

@@ -26,7 +26,7 @@ KINDS = ("spt", "xpe", "dual", "head", "full")      # the methods that a saved p
 ENCODERS = ("mlp", "lstm", "attention", "none")
 READS = ("prompt", "first", "mean", "last")         # what the classification head may look at
 FORMAT = 2                                          # of prompt.json
-LARGEST_SIZE = 65_535           # of a width or length: a file from elsewhere may say anything
+LARGEST_SIZE = 65_535           # no encoder is wider; a hostile file could ask for terabytes
 
 
 def check_size(name, value, smallest=1, largest=LARGEST_SIZE):
@@ -195,7 +195,7 @@ class SoftPrompt(nn.Module):
 class ClassificationHead(nn.Module):
     """Dropout, Linear, tanh, dropout, Linear: (B, H) -> (B, C). XLM-R's own classification head.
 
-    transformers starts it from N(0, 0.02) with zero biases; so does this.
+    transformers starts it from N(0, 0.02) with zero biases; so does this one.
     """
 
     def __init__(self, width, classes, dropout=0.1):
@@ -357,7 +357,7 @@ def positions(backbone):
 def write_atomically(path, content):
     """Write bytes, or what content(file) writes: `path` is the old file or the whole new one."""
     path = Path(path)
-    # this name, too, is known to train.py, which clears such files away after a crash
+    # a crash may leave such a file behind; whoever trains the run on clears it away
     temporary = path.with_name(f".{path.name}.{os.getpid():08}")
     try:
         with open(temporary, "wb") as file:
@@ -391,6 +391,11 @@ def read_json(path):
     return value
 
 
+def first_line(error):
+    """The first line of an error's message, which may have none."""
+    return (str(error).splitlines() or ["no reason given"])[0]
+
+
 def read_tensors(path):
     """The tensors of a .safetensors file; ValueError with the path if it is damaged."""
     from safetensors import SafetensorError
@@ -399,7 +404,7 @@ def read_tensors(path):
     try:
         return load(Path(path).read_bytes())
     except damage as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise ValueError(f"{path}: cut short, or not a safetensors file: {reason}") from None
 
 
@@ -456,7 +461,7 @@ def restore_prompt(meta, tensors):
             with torch.device("meta"):
                 modules[section] = module_class(**arguments)
         except (TypeError, RuntimeError) as error:
-            raise ValueError(f"{section}: {str(error).splitlines()[0]}") from None
+            raise ValueError(f"{section}: {first_line(error)}") from None
         if modules[section].config.keys() != arguments.keys():
             names = ", ".join(modules[section].config)
             raise ValueError(f"{section} must hold {names}")
