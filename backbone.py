@@ -201,7 +201,7 @@ def check_files(folder, name):
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise ValueError(f"backbone {name!r} is an adapter: name the backbone that it belongs to")
     if (folder / "prompt.json").is_file():
-        raise ValueError(f"backbone {name!r} is a run: name the backbone that its prompt.json names")
+        raise ValueError(f"backbone {name!r} is a run: name the backbone that it was made for")
     if any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin")):
         return
     if any(folder.glob("*.gguf")):

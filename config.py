@@ -114,7 +114,8 @@ class StrictLoader(yaml.SafeLoader):
             if not isinstance(key, yaml.ScalarNode):
                 refuse(key, "a key must be a single word")
             if key.value in lines:
-                refuse(key, f"the key {key.value!r} is given again, first in line {lines[key.value]}")
+                first = lines[key.value]
+                refuse(key, f"the key {key.value!r} is given again, first in line {first}")
             lines[key.value] = key.start_mark.line + 1
         return node
 

@@ -129,8 +129,8 @@ class Run:
     """A trained prompt and all that is needed to use it.
 
     where: a run folder or a name on the hub. backbone, data: a folder or hub name instead of the
-    run's own. trust: run the code that comes with the backbone. Raises FileNotFoundError for what is
-    not there, ValueError for files that cannot be used.
+    run's own. trust: run the code that comes with the backbone. Raises FileNotFoundError for what
+    is not there, ValueError for files that cannot be used.
 
     .name, .folder; .prompt (or None), .head, .meta (see xpe.load_prompt); .config (see
     config.yaml); .sources, codes of languages; .released: in the form of the authors' release;

@@ -292,7 +292,7 @@ def make_run(folder):
     (leave_gguf, ValueError, "holds GGUF files only, which are made for llama.cpp; take"),
     (leave_tensorflow, ValueError, "holds no weights: .*TensorFlow"),
     (make_adapter, ValueError, "is an adapter: name the backbone"),
-    (make_run, ValueError, "is a run: name the backbone that its prompt.json names"),
+    (make_run, ValueError, "is a run: name the backbone that it was made for"),
     (widen_config, OSError, r"intermediate.dense.bias is \(32,\) in its files, but \(48,\) by its"),
     (damage_weights, OSError, "cannot load backbone .*check the folder"),
     (damage_config, OSError, "cannot load backbone .*check the folder"),
