@@ -243,6 +243,8 @@ def refuses_attention(error):
 def first_line(error):
     """The first line of an error's message, about 160 characters at most, cut after a word."""
     text = str(error).strip() or "no answer"
+    if text.startswith("Weights only load failed"):     # torch's own words advise to run the file
+        return "it holds more than tensors, which may be code, and is not opened"
     return shorten(text.splitlines()[0], 160)
 
 

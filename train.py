@@ -42,8 +42,8 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 import xpe
-from backbone import (check_backbone, load_backbone, pick_attention, pick_device, pick_precision,
-                      place, tokenizer_fingerprint)
+from backbone import (check_backbone, first_line, load_backbone, pick_attention, pick_device,
+                      pick_precision, place, tokenizer_fingerprint)
 from config import read_config, resolve_group, warn
 from data import Corpus, collate, encode, fingerprint, length_batches, locate, nearest, run_main
 from evaluate import Run, accuracy, method_name, predict, score_runs, shorten
@@ -622,7 +622,7 @@ def restore_checkpoint(learners, state, path):
 
 def damaged_checkpoint(path, error):
     """The error for a checkpoint that cannot be used."""
-    reason = xpe.first_line(error)[:200]
+    reason = first_line(error)
     return ValueError(f"{path}: not a checkpoint of this run ({type(error).__name__}: {reason}); "
                       f"remove it and the run starts over")
 

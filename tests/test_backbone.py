@@ -259,6 +259,12 @@ def damage_weights(folder):
     path.write_bytes(path.read_bytes()[:5000])
 
 
+def leave_pickle(folder):
+    """A pickle that would call print: torch's refusal advises weights_only=False."""
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"cbuiltins\nprint\n(S'code was run'\ntR.")
+
+
 def damage_config(folder):
     (folder / "config.json").write_text("{")
 
@@ -295,6 +301,7 @@ def make_run(folder):
     (make_run, ValueError, "is a run: name the backbone that it was made for"),
     (widen_config, OSError, r"intermediate.dense.bias is \(32,\) in its files, but \(48,\) by its"),
     (damage_weights, OSError, "cannot load backbone .*check the folder"),
+    (leave_pickle, OSError, "it holds more than tensors, which may be code, and is not opened"),
     (damage_config, OSError, "cannot load backbone .*check the folder"),
     (ask_for_code, OSError, "cannot load backbone .*backbone.trust_remote_code=true")])
 def test_a_folder_that_is_no_whole_backbone(copy, spoil, error, message):
