@@ -900,12 +900,12 @@ def fit_max_length(job, backbone):
 
 def describe_learners(learners, job, tokenizer, identity):
     """Read and tokenize the learners' data, and fill in what prompt.json is to say of them."""
-    settings = dict(job.cfg, backbone=identity["fingerprint"], reads=job.reads,
-                    max_length=job.max_length)
+    settings = dict(job.cfg, backbone=identity["fingerprint"], reads=job.reads)
     if job.source:
         settings["source"] = job.source.prompt_fingerprint()
     elif job.mode != "full":
         settings.update({f"prompt.{key}": value for key, value in job.config["prompt"].items()})
+    settings["max_length"] = job.max_length     # may follow from the prompt's length: named after it
     versions = {"python": platform.python_version(), "torch": torch.__version__,
                 "transformers": transformers.__version__}
     tasks = {}
