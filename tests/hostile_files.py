@@ -29,10 +29,9 @@ from robust_helpers import HERE, remember_default_config
 ODD_VALUES = (
     None, True, False, 0, -1, 1, 7, 2 ** 31, 2 ** 63, 10 ** 30, 10 ** 5000, 0.0, -0.5, 1e308,
     5e-324, float("nan"), float("inf"), "", "0", "x", "nan", "None", "main", "xpe",
-    "../../etc/passwd", "/etc/passwd", "C:\\\\con", "\0", "\n", "\ud800", "\u202e\u0644", "\U0001f600" * 3,
-    "x" * 70000,
-    "*a", "!!python/name:os.system", [], {}, [[]], {"": ""}, {"x": {}}, [None], ["a", "a"],
-    list(range(50)), [0, 1] * 4)
+    "../../etc/passwd", "/etc/passwd", "C:\\\\con", "\0", "\n", "\ud800", "\u202e\u0644",
+    "\U0001f600" * 3, "x" * 70000, "*a", "!!python/name:os.system", [], {}, [[]], {"": ""},
+    {"x": {}}, [None], ["a", "a"], list(range(50)), [0, 1] * 4)
 ODD_BYTES = (
     b"\0", b'"', b"\t", b"\r", b"\n", b"\xff", b"\xef\xbb\xbf", b"[" * 3000, b"{a: " * 2000,
     b"9" * 5000, b"- " * 500, b"&a [*a]", b"<<: ", b"!!int ''", b"!!float ''", b"!!bool x",

@@ -138,8 +138,10 @@ def watch_steps(monkeypatch):
 FORGE = """
 import json, os, sys, traceback
 sys.path[:0] = [{here!r}, {tests!r}]
-import huggingface_hub, train, evaluate, data
+import huggingface_hub, train, evaluate, data, config, robust_helpers
 import transformers.models.xlm_roberta.modeling_xlm_roberta, safetensors.torch
+robust_helpers.remember_default_config()
+config.read_config()
 for line in sys.stdin:
     job = json.loads(line)
     pid = os.fork()

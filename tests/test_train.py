@@ -336,6 +336,23 @@ def test_the_loop_against_plain_training(world, monkeypatch, tmp_path, accumulat
                 torch.testing.assert_close(parameter, expected[key], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("clip, factor", [(1.0, 0.2), (2.5, 0.5), (10.0, 1.0), (0.0, 1.0)])
+def test_a_learner_is_clipped_by_the_norm_of_all_its_gradients(tmp_path, clip, factor):
+    """Catches: a norm of each tensor by itself or of all learners, a clip of 0 that stops all."""
+    learner = train.Learner(tmp_path, 11, [], {})
+    learner.parameters = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(3, 1))]
+    learner.optimizer = torch.optim.SGD(learner.parameters, lr=1.0)
+    learner.schedule = torch.optim.lr_scheduler.ConstantLR(learner.optimizer, factor=1.0)
+    learner.scaler = torch.amp.GradScaler("cpu", enabled=False)
+    gradients = [torch.tensor([3.0, 0.0]), torch.tensor([[0.0], [-4.0], [0.0]])]    # norm 5
+    for parameter, gradient in zip(learner.parameters, gradients):
+        parameter.grad = gradient.clone()
+    learner.step(clip)
+    for parameter, gradient in zip(learner.parameters, gradients):
+        torch.testing.assert_close(parameter.detach(), -factor * gradient)
+        assert parameter.grad is None       # else the next step would add to it
+
+
 def test_training_learns(world, tmp_path):
     """Catches: a loop that moves everything and learns nothing (a wrong sign, labels that do not
     match)."""
