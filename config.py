@@ -9,7 +9,9 @@ checks what is laid over it: every key, type and range, against config.yaml itse
     resolve_group(config, "all_without_joshi5")                         # 198 language codes
 """
 import copy
+import os
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -51,6 +53,11 @@ TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", s
 def warn(line):
     """Print one line on standard error; the program goes on."""
     print(f"warning: {line}", file=sys.stderr, flush=True)
+
+
+def in_reach(script):
+    """A script of this repository as one has to write it in the working directory."""
+    return shlex.quote(os.path.relpath(HERE / script))
 
 
 # ---- YAML, strictly: what a person wrote and what is read are the same ----

@@ -18,7 +18,6 @@ command. Letters: S seeds, I test sentences.
 import argparse
 import csv
 import io
-import os
 import shlex
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -27,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import HERE, read_config, resolve_group, warn
+from config import HERE, in_reach, read_config, resolve_group, warn
 from data import SPLITS, nearest, read_text, run_main
 from evaluate import accuracy, group_means, method_name, shorten_list, to_csv, why_no_run
 from xpe import read_json, write_atomically
@@ -138,11 +137,6 @@ class ScoredRun:
         self.hits = hits
         self.scores = scores
         self.figures = {}                               # column of the table -> percent
-
-
-def in_reach(script):
-    """A script of this repository as one has to write it in the working directory."""
-    return shlex.quote(os.path.relpath(HERE / script))
 
 
 def find_folders(arguments, notes):

@@ -44,7 +44,7 @@ from tqdm import tqdm
 import xpe
 from backbone import (check_backbone, first_line, load_backbone, pick_attention, pick_device,
                       pick_precision, place, tokenizer_fingerprint)
-from config import read_config, resolve_group, warn
+from config import in_reach, read_config, resolve_group, warn
 from data import Corpus, collate, encode, fingerprint, length_batches, locate, nearest, run_main
 from evaluate import Run, accuracy, method_name, predict, score_runs, shorten
 
@@ -79,8 +79,7 @@ class Task:
             sentences += of_split
             cut += n_cut
         if cut:
-            warn(f"{cut:,} of {len(sentences):,} texts cut at {max_length} tokens "
-                 f"(data.max_length)")
+            warn(f"{cut:,} of {len(sentences):,} texts cut at {max_length} tokens")
         self.fingerprint = fingerprint(sentences)
         self.lengths = np.array([len(ids) for ids in self.ids["train"]])
         self.class_weights = torch.ones(len(corpus.labels))
@@ -734,7 +733,7 @@ def read_torchrun():
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
     given = [name for name in names if os.environ.get(name)]
     if not given:
-        if int(os.environ.get("SLURM_PROCID") or 0) > 0:
+        if os.environ.get("SLURM_PROCID", "0") != "0":
             warn("SLURM started several tasks, and each would train everything: one task a node, "
                  "`srun torchrun ... train.py ...`, shares the work")
         return 0, 0, 1
@@ -944,9 +943,11 @@ def plan_passes(learners, size):
             names = list(checkpoint["learners"])
             lacking = [name for name in names if name not in by_name]
             if lacking:
+                advice = ""
+                if "WORLD_SIZE" in os.environ:
+                    advice = ", with as many processes as before"
                 raise ValueError(f"{learner.folder.name} is trained together with "
-                                 f"{', '.join(lacking)}: --resume them in one command, under "
-                                 f"torchrun with as many processes as before")
+                                 f"{', '.join(lacking)}: --resume them in one command{advice}")
             if learner.folder.name in names:
                 passes.append(Pass([by_name[name] for name in names], checkpoint, path))
                 placed.update(names)
@@ -1118,8 +1119,9 @@ def report_results(learners, job, device, args, first):
     if job.config["evaluate"]["after_training"] and unscored:
         score_trained(unscored, job, device, args)
     if trained and first:
-        print(f"next:\n  python evaluate.py {shlex.quote(str(trained[0].folder))} "
-              f"--text \"Your sentence\"\n  python report.py {shlex.quote(args.out)}/*")
+        print(f"next:\n  python {in_reach('evaluate.py')} {shlex.quote(str(trained[0].folder))} "
+              f"--text \"Your sentence\"\n  python {in_reach('report.py')} "
+              f"{shlex.quote(args.out)}/*")
     diverged = [learner for learner in trained
                 if str(learner.saved_training().get("stopped")).startswith("diverged")]
     return 0 if len(trained) == len(learners) and not diverged else 2

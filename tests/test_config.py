@@ -5,12 +5,14 @@
 Each test says which mistake it would catch.
 """
 import re
+import shlex
 
 import pytest
 import yaml
 
 import config
-from config import check_value, dump_config, read_config, read_yaml, resolve_group
+from config import (HERE, check_value, dump_config, in_reach, read_config, read_yaml,
+                    resolve_group)
 
 
 def write(folder, text):
@@ -315,3 +317,12 @@ def test_groups_of_groups_do_not_explode():
         groups[f"g{i}"] = [f"g{i - 1}"]
     with pytest.raises(ValueError, match="nested more than 20 deep"):
         resolve_group({"groups": groups}, "g39")
+
+
+def test_hints_name_scripts_as_they_are_written_from_here(tmp_path, monkeypatch):
+    """Catches: a hint that can be pasted in the repository's own folder alone."""
+    monkeypatch.chdir(HERE)
+    assert in_reach("report.py") == "report.py"
+    monkeypatch.chdir(tmp_path)
+    path = shlex.split(in_reach("report.py"))[0]
+    assert (tmp_path / path).resolve() == HERE / "report.py"
