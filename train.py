@@ -904,7 +904,7 @@ def describe_learners(learners, job, tokenizer, identity):
         settings["source"] = job.source.prompt_fingerprint()
     elif job.mode != "full":
         settings.update({f"prompt.{key}": value for key, value in job.config["prompt"].items()})
-    settings["max_length"] = job.max_length     # may follow from the prompt's length: named after it
+    settings["max_length"] = job.max_length     # may follow from prompt.length: named after it
     versions = {"python": platform.python_version(), "torch": torch.__version__,
                 "transformers": transformers.__version__}
     tasks = {}
@@ -952,6 +952,8 @@ def plan_passes(learners, size):
                 passes.append(Pass([by_name[name] for name in names], checkpoint, path))
                 placed.update(names)
                 continue
+        elif learner.log_path.is_file() and learner.log_path.stat().st_size:
+            warn(f"{learner.folder}: there is no checkpoint {path}, so it starts over")
         # the learners of a pass have equally many sentences: then their batches are of one size
         fresh.setdefault(len(learner.task.lengths), []).append(learner)
     for alike in fresh.values():

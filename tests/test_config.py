@@ -165,7 +165,8 @@ def test_a_wrong_setting_is_refused_by_name(tmp_path, text, message):
 
 @pytest.mark.parametrize("line, text, message", [
     (3, "train:\n  steps: 7\ntrain: {rate: 1.0e-3}", "key 'train' is given again, first in line 1"),
-    (4, "train:\n  steps: 9\n  rate: 1.0e-3\n  steps: 5", "'steps' is given again, first in line 2"),
+    (4, "train:\n  steps: 9\n  rate: 1.0e-3\n  steps: 5",
+     "'steps' is given again, first in line 2"),
     (2, "groups:\n  {a: [x], 'a': [y]}", "the key 'a' is given again"),
     (2, "train:\n  steps: 011", "011 in its own way; write 11, or '011' for text"),
     (1, "train: {steps: 1:30}", "1:30 in its own way"),

@@ -742,7 +742,7 @@ def test_a_run_whose_backbone_has_no_fingerprint_can_be_adapted(world, source_ru
 
 
 def test_a_finished_learner_holds_no_weights(world, tmp_path, monkeypatch):
-    """Catches: ten seeds of full fine-tuning, each with its own backbone and optimizer, on one GPU."""
+    """Catches: ten seeds of full fine-tuning whose backbones and optimizers all stay on one GPU."""
     learners = []
     finish = train.Learner.finish
 
@@ -755,8 +755,18 @@ def test_a_finished_learner_holds_no_weights(world, tmp_path, monkeypatch):
         assert learner.backbone is None and learner.optimizer is None and learner.best is None
 
 
+def test_a_run_whose_checkpoint_is_gone_says_that_it_starts_over(world, tmp_path, capsys):
+    """Catches: hours of training that begin again without a word."""
+    folder = tmp_path / "xpe-two-s11"
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text('{"step": 4}\n')
+    assert train.main(command(world, tmp_path, "--seeds", "11", "--resume")) == 0
+    assert "so it starts over" in capsys.readouterr().err
+    assert '{"step": 4}' not in (folder / "metrics.jsonl").read_text()
+
+
 def test_a_long_test_text_costs_no_finished_training(world, tmp_path):
-    """Catches: hours of training, then an error over the length of a text that only scoring meets."""
+    """Catches: hours of training, then an error over a text so long that only scoring meets it."""
     root = shutil.copytree(world / "data", tmp_path / "data")
     path = root / "ccc_Latn" / "test.tsv"
     lines = path.read_text().splitlines(keepends=True)
