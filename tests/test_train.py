@@ -471,7 +471,8 @@ def test_a_step_waits_for_nothing_and_mixes_no_devices(world, monkeypatch, mode,
     def evaluate(*_):
         raise Enough
     monkeypatch.setattr(train, "evaluate_learners", evaluate)
-    # transformers looks into the mask, once a forward
+    # transformers looks into the mask, once a forward; in version 4 it does so elsewhere
+    pytest.importorskip("transformers.masking_utils")
     monkeypatch.setattr("transformers.masking_utils._ignore_bidirectional_mask_sdpa",
                         lambda *_, **__: False, raising=False)
     with pytest.raises(Enough):
