@@ -13,14 +13,40 @@ a corpus's; the backbone's weights are random, which changes no speed.
     python bench.py
     python bench.py --size large --data Davlan/sib200 --tokenizer FacebookAI/xlm-roberta-large
 
-Real SIB-200 lengths, float32, one thread of a CPU with AVX2 (no bf16) that other jobs shared, torch
-2.13, transformers 5.23, --steps 10 --turns 5 (small), the default (tiny; two runs):
+A CPU without bf16 instructions (AMD EPYC, AVX2), one thread, float32, sdpa; texts of SIB-200 in
+12,000 word pieces; torch 2.13, transformers 5.23, micm-nlp 0.5.1, while other programs were
+running; a step is one of one learner, padding is a share of the text's positions:
 
-    times the toolkit's speed      ours x 1         ours x 10        evaluation, of its floor
-    tiny, 3 layers x 192           1.26 and 1.41    1.44 and 1.37    1.39 and 1.38
-    small, 6 layers x 256          1.21             1.24             1.13
+    --size tiny --learners 1,10 --steps 20 --turns 7
+                  steps/s  sentences/s  of floor  x toolkit  padding
+    ours x 1         1.88           60      1.29       1.41     6.0%
+    floor x 1        1.47           47         -       1.09     0.0%
+    ours x 10        1.94           62      1.49       1.37     5.1%
+    floor x 10       1.33           43         -       0.98     0.0%
+    toolkit          1.41           45      0.92       1.00     4.8%
+    evaluation          -          197      1.38          -     0.5%
+    its floor           -          143         -          -     0.0%
 
-Padding 6 % (K = 1) and 5 % (K = 10); the toolkit 5 to 8 %. A GPU: not measured yet.
+    --size small --learners 1,10 --steps 10 --turns 5
+    ours x 1         0.69           22      1.10       1.21     6.3%
+    floor x 1        0.60           19         -       1.09     0.0%
+    ours x 10        0.84           27      1.18       1.24     5.1%
+    floor x 10       0.69           22         -       1.05     0.0%
+    toolkit          0.74           24      0.91       1.00     8.0%
+    evaluation          -           73      1.13          -     0.5%
+    its floor           -           65         -          -     0.0%
+
+A CPU with bf16 instructions (AMD EPYC, AVX512-bf16), one thread, bf16, eager (the toolkit: sdpa in
+autocast), measured with the version before this one, and not since:
+
+    tiny, ours x 1   7.41          237      1.39       1.57     2.6%
+    tiny, ours x 3   8.71          279      1.56       1.84     2.8%
+    tiny, ours x 10  8.91          285      1.51       1.87     3.1%
+    small, ours x 1  2.56           82      1.28       1.44     2.5%
+    small, ours x 3  2.52           81      1.25       1.49     2.9%
+
+Ours is faster than the bare backbone because its last layer computes one position and its dropout
+is cheap: see speed.py. No GPU has been measured.
 """
 import argparse
 import io
