@@ -979,6 +979,7 @@ def run_pass(work, job, backbone, tokenizer, device, resume, quiet):
     start = 0
     if work.checkpoint:
         start = restore_checkpoint(learners, work.checkpoint, work.path)
+        work.checkpoint = None      # of full fine-tuning: gigabytes that nobody needs any more
     else:
         start_folders(learners, job)
         torch.manual_seed(learners[0].seed)     # of all dropout
