@@ -93,9 +93,9 @@ def pick_attention(attention, device, precision):
 
     ours, measured with XLM-R of 3 layers x 192 and 6 x 256, one thread, 32 texts of 80 positions.
     float32 on an AVX2 CPU: eager takes 0.96 to 1.03 of sdpa's time for a training step with
-    dropout, 0.94 to 1.23 without, and 1.03 to 1.18 to evaluate. bf16 on a CPU that has it
-    (6 x 256): eager makes 4.9 training steps a second and sdpa 4.6 with dropout, 7.9 and 5.0
-    without.
+    dropout (0.91 to 1.00 with speed.py's), 0.94 to 1.23 without, and 1.03 to 1.18 to evaluate.
+    bf16 on a CPU that has it (6 x 256): eager makes 4.9 training steps a second and sdpa 4.6 with
+    dropout, 7.9 and 5.0 without.
     """
     if attention != "auto":
         return attention
