@@ -137,6 +137,7 @@ class ScoredRun:
         self.hits = hits
         self.scores = scores
         self.figures = {}                               # column of the table -> percent
+        self.covered = {}                               # group -> (languages scored, of how many)
 
 
 def find_folders(arguments, notes):
@@ -371,7 +372,8 @@ def note_sources_among_targets(runs, config, notes):
 
 def add_group_figures(run, config):
     """What the table averages of a run: its mean over each group of languages, in percent."""
-    for title, (mean, _, _) in group_means(run.scores, config, run.sources).items():
+    for title, (mean, scored, size) in group_means(run.scores, config, run.sources).items():
+        run.covered[title] = (scored, size)
         run.figures[title] = mean
         if mean is None:                                # no language of the group is scored
             run.figures[title] = np.nan
@@ -442,7 +444,7 @@ def average_over_seeds(same_method):
     """Runs of one method -> a line: the mean of each figure and, as "<name> std", its deviation.
 
     Several languages of one seed (adapted runs) are averaged first. The deviation is that of a
-    sample (n - 1); one seed has none.
+    sample (n - 1); one seed has none. "<name> languages": how many, where a group lacks some.
     """
     first = same_method[0]
     seeds = sorted({run.seed for run in same_method})
@@ -460,6 +462,10 @@ def average_over_seeds(same_method):
         line[name] = float(np.mean(values))
         if len(values) > 1:
             line[f"{name} std"] = float(np.std(values, ddof=1))
+    for name in first.covered:
+        scored, size = min(run.covered[name] for run in same_method)
+        if 0 < scored < size:
+            line[f"{name} languages"] = f"{scored} of {size}"
     return line
 
 
@@ -790,7 +796,11 @@ def format_number(value, form):
 
 
 def format_cell(line, key):
-    """A value of a line as text, with its deviation over the seeds if the line has one."""
+    """A value of a line as text, with what the line has beside it.
+
+    That is its deviation over the seeds, and the languages if it is the mean of a part of a group,
+    which would otherwise stand beside the published mean of the whole.
+    """
     value = line.get(key)
     if value is None or value != value:                 # None or not a number
         return "-"
@@ -803,6 +813,8 @@ def format_cell(line, key):
     text = format_number(value, ".1f")
     if f"{key} std" in line:
         text += f" ± {line[f'{key} std']:.1f}"
+    if f"{key} languages" in line:
+        text += f" ({line[f'{key} languages']})"
     return text
 
 

@@ -4,10 +4,12 @@ import csv
 import itertools
 import json
 import random
+from pathlib import Path
 from statistics import mean, stdev
 
 import numpy as np
 import pytest
+import yaml
 
 import false_alarms
 import report
@@ -318,9 +320,10 @@ def test_missing_seeds_languages_and_scores_are_said(tmp_path, capsys):
 def test_targets_that_no_run_has_are_said(tmp_path, capsys):
     """Would catch: a group that promises more languages than the corpus has, or a group of none."""
     run([write_run(tmp_path, "spt", 1, {"eng_Latn": [(0, True)], "ltz_Latn": [(0, True)]})])
-    said = capsys.readouterr().err
+    table, said = capsys.readouterr()
     assert "Here: 2 of 3 languages are scored in no run: mri_Latn, hat_Latn" in said
     assert "One: 1 of 1 languages are scored in no run: mri_Latn" in said
+    assert "100.0 (1 of 3)" in table and "100.0 (1 of 1)" not in table
 
 
 def test_sources_that_shrink_a_group_are_said_once(tmp_path, capsys):
@@ -543,3 +546,29 @@ def test_rare_families_share_a_strip():
     assert [label for label, _ in strips][:2] == ["l (12)", "k (11)"]
     assert strips[-1][0] == "5 others (15)"
     assert sum(len(part) for _, part in strips) == len(lines)
+
+
+# ---- The results that the README quotes ----
+
+def test_the_readme_quotes_the_results():
+    """Would catch: a figure in the README or in report.csv that the runs' own files do not give."""
+    here = Path(report.__file__).parent
+    results = here / "sample" / "results"
+    groups = yaml.safe_load((here / "config.yaml").read_text(encoding="utf-8"))["groups"]
+    readme = (here / "README.md").read_text(encoding="utf-8")
+    with open(results / "report.csv", encoding="utf-8", newline="") as file:
+        lines = [line for line in csv.DictReader(file) if line["seeds"] == "5"]
+    assert {line["method"] for line in lines} == {"head", "spt", "xpe"}
+    for line in lines:
+        for title, group in (("Sources", "joshi5"), ("Low-performing", "low_performing")):
+            means = []
+            for folder in sorted(results.glob(f"{line['method']}-joshi5-s*")):
+                with open(folder / "test.csv", encoding="utf-8", newline="") as file:
+                    accuracy = {row["language"]: float(row["accuracy"])
+                                for row in csv.DictReader(file)}
+                means.append(sum(accuracy[code] for code in groups[group]) / len(groups[group]))
+            assert len(means) == 5
+            average, deviation = mean(means), stdev(means)
+            assert float(line[title]) == pytest.approx(average, abs=1e-3)
+            assert float(line[f"{title} std"]) == pytest.approx(deviation, abs=1e-3)
+            assert f"{average:.1f} ± {deviation:.1f}" in readme.replace("*", "")
