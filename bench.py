@@ -297,7 +297,7 @@ def read_setup(args, device):
     backbone = transformers.AutoModel.from_config(sizes, attn_implementation=attention)
     backbone.pooler = None
     print(f"{args.size}, {'float32' if amp == 'off' else amp}, {attention}")
-    cfg = dict(train.settings_for(config, "xpe", None, None), amp=amp)
+    cfg = dict(train.settings_for(config, "xpe", None), amp=amp)
     job = train.Job(config, cfg, "xpe", None, "joshi5", sources, corpus, {}, "prompt", max_length)
     return Setup(job, task, test, backbone, sizes, tokenizer, device)
 

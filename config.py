@@ -207,9 +207,8 @@ def read_config(path=None, settings=()):
     config = read_yaml(HERE / "config.yaml")
     defaults = copy.deepcopy(config)
     # `adapt` and `full` hold what differs from `train`, so any key of `train` may stand there
-    training = {**defaults["train"], "prompt_dropout": 0.0}
-    defaults["adapt"] = training
-    defaults["full"] = training
+    defaults["full"] = defaults["train"]
+    defaults["adapt"] = {**defaults["train"], "prompt_dropout": 0.0}
     if path is not None:
         layer = read_yaml(path)
         if "targets" in layer:
@@ -269,6 +268,9 @@ def lay_groups_over(groups, values, section):
         all_text = all(isinstance(name, str) for name in names)
         if not isinstance(title, str) or not all_text:
             raise ValueError(f"{section}.{title} must be a list of language codes and group names")
+        if section == "targets" and title == "Sources":
+            raise ValueError("targets.Sources: this column is always there, with the run's own "
+                             "sources; choose another title")
         groups[title] = members
 
 
@@ -283,7 +285,7 @@ def check_value(name, value, default):
     if type(value) is not type(default):
         wanted = TYPE_NAMES[type(default)]
         raise ValueError(f"{name} must be {wanted}, not {value!r}{type_advice(value, default)}")
-    if key in CHOICES and isinstance(value, str) and value not in CHOICES[key]:
+    if key in CHOICES and value not in CHOICES[key]:
         raise ValueError(f"{name} cannot be {value!r}, only {', '.join(CHOICES[key])}")
     if isinstance(value, (int, float)):
         check_range(name, value, key)
@@ -330,10 +332,25 @@ def expand_names(names, groups, inside, known):
     for name in names:
         members = expand_name(name.removeprefix("-"), groups, inside, known)
         if name.startswith("-"):
+            try:
+                check_exclusion(name, codes, groups)
+            except ValueError as error:
+                place = f"groups.{inside[-1]}: " if inside else ""
+                raise ValueError(f"{place}{error}") from None
             codes = [code for code in codes if code not in members]
         else:
             codes += [code for code in members if code not in codes]
     return codes
+
+
+def check_exclusion(name, codes, groups):
+    """Raise ValueError for a -name that cannot leave anything out of the codes before it."""
+    if not codes:
+        raise ValueError(f"{name} stands first and leaves nothing out: it goes behind the names "
+                         f"that it is to be taken from")
+    if name[1:] not in groups and name[1:] not in codes:
+        raise ValueError(f"{name} leaves nothing out: neither a group nor a language that stands "
+                         f"before it{nearest(name[1:], [*groups, *codes])}")
 
 
 def expand_name(name, groups, inside, known):

@@ -259,12 +259,14 @@ def collate(encoded, pad_id):
 
 
 # ours: before sorting, each length grows by a random share, up to this, of the mean length. More
-# noise mixes the sentences better and pads more. Pairs of a batch that meet again within the next
-# 10 epochs, and padding, alone and of 10 joined seeds (SIB-200, 12,000 word pieces, batches of 32):
-#   0.12   Joshi5 (4,907 sentences)      40 %   5.5 %    5.9 %
-#          one language (701)            88 %   7-9 %    8-10 %
-#   0      one language                  98 %   3-6 %    3-6 %
-#   transformers' group_by_length, one   77 %   16-21 %
+# noise mixes the sentences better and pads more. SIB-200, 12,000 word pieces, batches of 32:
+#                                   pairs of a batch that       padding:   padding:
+#                                   meet again in 10 epochs     one seed   10 seeds joined
+#   0.12, Joshi5 (4,907 sentences)            40 %                5.5 %       5.9 %
+#   0.12, one language (701)                  88 %                7-9 %       8-10 %
+#   0,    one language                        98 %                3-6 %       3-6 %
+#   group_by_length of transformers,
+#         one language                        77 %               16-21 %
 LENGTH_NOISE = 0.12
 
 
@@ -326,7 +328,7 @@ def locate(name, revision="main"):
 
     The revision is "local" or the commit. FileNotFoundError says what was wanted and what to do.
     """
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     beside_this_file = Path(__file__).resolve().parent / name
     if not folder.is_dir() and beside_this_file.is_dir():
         folder = beside_this_file
@@ -524,8 +526,8 @@ def run_main(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
     except torch.OutOfMemoryError as error:
-        print(f"error: {shorten(str(error), ERROR_LENGTH)}; lower evaluate.tokens in config.yaml",
-              file=sys.stderr)
+        print(f"error: {shorten(str(error), ERROR_LENGTH)}; lower evaluate.tokens in config.yaml, "
+              f"for a run of your own in the one in its folder", file=sys.stderr)
         status = 2
     except (ValueError, OSError) as error:
         print(f"error: {shorten(str(error), ERROR_LENGTH)}", file=sys.stderr)

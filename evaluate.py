@@ -22,6 +22,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 import re
 import shlex
 import sys
@@ -185,7 +186,6 @@ class Run:
             own = {}
         if given and not same_place(given, own.get("name")):
             self.changed.append(section)
-        if given:
             self.config[section]["name"] = given
             self.config[section]["revision"] = "main"
             return
@@ -201,13 +201,13 @@ class Run:
         for module in (self.prompt, self.head):
             if module is not None:
                 for tensor in module.state_dict().values():
-                    digest.update(tensor.numpy().tobytes())
+                    digest.update(tensor.cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
 
 def find_run(where):
     """A path or hub name -> (name of the run, its folder, whether it came from the hub)."""
-    path = Path(where).expanduser()
+    path = Path(os.path.expanduser(where))
     if path.is_dir():
         return path.resolve().name, path, False
     if path.exists():
@@ -257,7 +257,8 @@ def same_place(a, b):
     """Whether two names of folders or hub repositories mean the same."""
     if not isinstance(b, str):
         return False
-    return a == b or Path(a).expanduser().resolve() == Path(b).expanduser().resolve()
+    paths = [Path(os.path.expanduser(name)).resolve() for name in (a, b)]
+    return a == b or paths[0] == paths[1]
 
 
 def group_runs(runs):
@@ -321,7 +322,7 @@ class Classifier:
         if first.meta["kind"] == "full":
             load_tuned_weights(backbone, first.folder / "backbone.safetensors")
         if reads == "prompt" or (reads == "first" and first.prompt is None):
-            backbone = shorten(backbone)
+            backbone = first_position_only(backbone)
         return backbone, tokenizer
 
     def __call__(self, texts):
@@ -394,13 +395,13 @@ def load_tuned_weights(backbone, path):
         raise ValueError(f"{path}: does not fit the backbone: {reason}") from None
 
 
-def shorten(backbone):
+def first_position_only(backbone):
     """The same answers with less work, where speed.py is there and knows the backbone."""
     try:
-        from speed import first_position_only
+        import speed
     except ModuleNotFoundError:
         return backbone
-    return first_position_only(backbone)
+    return speed.first_position_only(backbone)
 
 
 # ---- Scoring on a split ----
@@ -514,8 +515,10 @@ def prepare_group(runs, split, languages):
     for run in runs:
         codes = choose_languages(run, corpus, split, languages)
         sentences = read_sentences(corpus, split, codes, known)
+        backbone = run.config["backbone"]
         facts = {"revision": revision, "data": fingerprint([sentence for _, sentence in sentences]),
-                 "prompt": run.prompt_fingerprint()}
+                 "prompt": run.prompt_fingerprint(),
+                 "backbone": {"name": backbone["name"], "revision": backbone["revision"]}}
         prepared.append(Scores(run, split, sentences, facts))
     return prepared
 
@@ -538,12 +541,15 @@ def score_runs(runs, split="test", languages=None, device=None, amp="auto", out=
     """Score runs -> for each run its lines: dicts of language, n, accuracy, macro_f1, majority.
 
     languages: codes, by default all (of an adapted prompt its own). Prints tables (show) and writes
-    <split>.csv, .json and _predictions.csv to each run's own folder, or to `out`/<name of the run>;
-    with some of the languages, or another backbone or data than the run's own, to `out` alone.
-    again=False: a run with scores of the same prompt and data is shown, not computed. Raises
-    OSError, before anything is computed, for a folder that cannot be written to.
+    <split>.csv, .json and _predictions.csv to `out`/<name of the run>, by default to each run's own
+    folder. If `languages` are given, or backbone or data are not the run's own, nothing is written
+    unless `out` is given. again=False: a run with scores of the same prompt, data and backbone
+    (and precision, unless `amp` is auto) is shown, not computed. Raises OSError, before anything
+    is computed, for a folder that cannot be written to.
     """
     device = device or pick_device()
+    if languages and show and not out:
+        warn("not all languages, so nothing is written; --out FOLDER keeps the scores")
     folders = {run: result_folder(run, languages, out) for run in runs}
     check_folders([folder for folder in folders.values() if folder])
     lines_of = {}
@@ -553,6 +559,8 @@ def score_runs(runs, split="test", languages=None, device=None, amp="auto", out=
             warn_about_sources(run, languages)
         prepared = prepare_group(group, split, languages)
         for scores in prepared:
+            if amp != "auto":
+                scores.facts["precision"] = amp
             if not again and folders[scores.run]:
                 scores.lines = read_scores(scores, folders[scores.run])
         to_compute = [scores for scores in prepared if not scores.lines]
@@ -785,7 +793,7 @@ def open_runs(args):
         try:
             runs.append(Run(where, args.backbone, args.data, args.trust_remote_code))
         except (ValueError, FileNotFoundError) as error:
-            if len(args.runs) == 1 or not Path(where).expanduser().exists():
+            if len(args.runs) == 1 or not os.path.exists(os.path.expanduser(where)):
                 raise
             warn(f"left out: {error}")
     if not runs:
@@ -842,15 +850,11 @@ def make_parser():
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: auto)")
     parser.add_argument("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"),
                         help="precision (default: auto, what the device is fast at)")
-    parser.add_argument("--report", action="store_true", help=argparse.SUPPRESS)
     return parser
 
 
 def check_arguments(args):
     """Raise ValueError for arguments that cannot be meant."""
-    if args.report:
-        runs = shlex.join(args.runs) or "RUN ..."
-        raise ValueError(f"the report is a command of its own: python report.py {runs}")
     if not args.runs and args.text:
         raise ValueError("RUN is missing: --text takes everything behind it, so the run comes "
                          "first: evaluate.py RUN --text \"Your sentence\"")

@@ -9,6 +9,7 @@ and by whoever scores a run folder that the version before wrote (`"format": 1` 
 In all of them the tensors are the paper's; only their names differ.
 """
 import json
+import os
 import re
 from pathlib import Path
 
@@ -221,6 +222,7 @@ def export_peft(folder, prompt, head, meta):
         "peft_type": "PROMPT_TUNING",
         "task_type": "SEQ_CLS",
         "base_model_name_or_path": absolute_if_local(meta["backbone"]["name"]),
+        "revision": commit_of(meta["backbone"]),
         "prompt_tuning_init": "RANDOM",
         "num_virtual_tokens": prompt.length,
         "num_transformer_submodules": 1,
@@ -233,9 +235,15 @@ def export_peft(folder, prompt, head, meta):
     xpe.write_atomically(folder / "adapter_config.json", json_bytes(config))
 
 
+def commit_of(backbone):
+    """The commit or branch of a backbone on the hub; None for a folder, or if it is not known."""
+    revision = backbone.get("revision")
+    return None if revision == "local" else revision
+
+
 def absolute_if_local(name):
     """A backbone's name as it can be used from everywhere: a folder's path becomes absolute."""
-    for place in (Path(name).expanduser(), HERE / name):
+    for place in (Path(os.path.expanduser(name)), HERE / name):
         if place.is_dir():
             return str(place.resolve())
     return name

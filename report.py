@@ -6,11 +6,11 @@ Everything is computed anew from the predictions, and what is missing is said.
 
     python report.py runs/* --compare xpe spt --plot gain.png --out report
 
-gives, for sample/backbone on SIB-200 (three seeds; gain-languages.png is the same with names):
+gives, for sample/e5.yaml (five seeds; gain-languages.png is the same with names):
 
     | method | source | seeds | trainable |    Sources | Low-performing | ...
     | :----- | :----- | ----: | --------: | ---------: | -------------: | ...
-    | xpe    | joshi5 |     3 |    63,271 | 57.5 ± 0.2 |     23.3 ± 0.2 | ...
+    | xpe    | joshi5 |     5 |   241,735 | XX.X ± X.X |     XX.X ± X.X | ...
 
 Read downwards: published figures, run folders, means over seeds, comparison, tables, pictures, the
 command. Letters: S seeds, I test sentences.
@@ -133,7 +133,9 @@ class ScoredRun:
         if not isinstance(training, dict):              # the authors' release says nothing of it
             training = {}
         self.trainable = training.get("trainable")
-        self.settings = training.get("settings") or {}
+        self.settings = training.get("settings")
+        if not isinstance(self.settings, dict):
+            self.settings = {}
         self.hits = hits
         self.scores = scores
         self.figures = {}                               # column of the table -> percent
@@ -199,6 +201,11 @@ def read_meta(folder):
         raise LeftOut("prompt.json: the backbone has no name")
     if not all(isinstance(code, str) for code in meta["sources"]):
         raise LeftOut("prompt.json: sources must be a list of language codes")
+    texts = {key: meta.get(key) for key in ("adapted_from", "adapted_to")}
+    texts["the backbone's fingerprint"] = meta["backbone"].get("fingerprint")
+    for key, value in texts.items():
+        if value is not None and not isinstance(value, str):
+            raise LeftOut(f"prompt.json: {key} cannot be {value!r}")
     return meta
 
 
@@ -239,8 +246,11 @@ def check_scores(folder, split, hits, scores):
     for language in hits:
         computed[language] = (str(len(hits[language])), f"{scores[language]:.4f}")
     written = {}
-    for line in read_csv(path):
-        written[line.get("language")] = (line.get("n"), line.get("accuracy"))
+    try:
+        for line in read_csv(path):
+            written[line.get("language")] = (line.get("n"), line.get("accuracy"))
+    except (ValueError, csv.Error) as error:
+        raise LeftOut(f"{path.name} is not as evaluate.py writes it: {error!r}") from None
     if written != computed:
         raise LeftOut(f"{path.name} disagrees with the predictions beside it; score it again")
 
@@ -257,8 +267,8 @@ def method_of(meta):
     """The method's name in the tables. Raises LeftOut if prompt.json does not say enough."""
     try:
         return method_name(meta["kind"], meta.get("prompt"))
-    except (KeyError, TypeError) as error:
-        raise LeftOut(f"prompt.json: its prompt lacks {error}") from None
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise LeftOut(f"prompt.json: its prompt cannot be named ({error!r})") from None
 
 
 def read_run(folder, split, config, gold):
@@ -322,8 +332,8 @@ def check_one_backbone(runs, notes):
     return Path(runs[0].backbone["name"]).name
 
 
-def leave_languages_out(codes, runs, gold):
-    """Take languages out of all runs. Raises ValueError for one that no run has."""
+def leave_languages_out(codes, runs, gold, notes):
+    """Take languages out of all runs, and note it. Raises ValueError for one that no run has."""
     for code in codes:
         if code not in gold:
             raise ValueError(f"--leave-out: {code!r} is not among the scored languages"
@@ -331,6 +341,8 @@ def leave_languages_out(codes, runs, gold):
         for run in runs:
             run.hits.pop(code, None)
             run.scores.pop(code, None)
+    if codes:
+        notes.append(f"left out of all figures but the published ones: {', '.join(codes)}")
 
 
 # ---- Means over seeds ----
@@ -427,7 +439,7 @@ def check_seeds(same_method, runs, notes):
 
 
 def note_mixed_settings(same_method, notes):
-    """Note the settings in which runs that are averaged differ."""
+    """Note the settings in which runs that are averaged differ and should not."""
     first = same_method[0]
     mixed = set()
     for run in same_method:
@@ -435,6 +447,8 @@ def note_mixed_settings(same_method, notes):
             if run.settings.get(key) != first.settings.get(key):
                 mixed.add(key)
     mixed -= {"learners_at_once", "tokens"}         # for the memory that there is: same recipe
+    if first.adapted_to:
+        mixed -= {"data", "source"}                 # each has its own language, each seed its start
     if mixed:
         notes.append(f"{first.method} {first.source}: averaged, although its runs differ in "
                      f"{', '.join(sorted(mixed))}")
@@ -474,8 +488,7 @@ def average_methods(runs, notes):
     lines = []
     for same_method in group_by_method(runs):
         check_seeds(same_method, runs, notes)
-        if not same_method[0].adapted_to:
-            note_mixed_settings(same_method, notes)
+        note_mixed_settings(same_method, notes)
         lines.append(average_over_seeds(same_method))
     return lines
 
@@ -492,6 +505,7 @@ class SharedSentences:
     """The answers of methods A and B to the same sentences, seed by seed."""
     seeds: list
     sources: set            # of either
+    sources_title: str
     ids: dict               # language -> ids of its sentences
     a: dict                 # language -> (S, I) floats, 1 where A is right
     b: dict
@@ -551,24 +565,28 @@ def pair_hits(runs_a, runs_b, gold, notes):
     if not languages:
         raise ValueError("--compare: the two have no seed and language in common")
     if run_a.keys() != run_b.keys() or len(languages) < len(scored):
-        notes.append(f"compare: only {len(seeds)} seeds and {len(languages)} of {len(scored)} "
-                     f"languages that all have")
+        notes.append(f"compare: seeds {', '.join(map(str, seeds))} are those that both have; "
+                     f"{len(languages)} of {len(scored)} languages are scored in all of their runs")
     hits_a = {}
     hits_b = {}
     for code in languages:
         hits_a[code] = np.array([run_a[seed].hits[code] for seed in seeds], dtype=float)
         hits_b[code] = np.array([run_b[seed].hits[code] for seed in seeds], dtype=float)
     sources = set().union(*(run.sources for run in paired))
+    title = "Sources"
+    if any(set(run.sources) != sources for run in paired):
+        title = "Sources of either"     # some of them are zero-shot for one of the two
     ids = {code: gold[code][0] for code in languages}
-    return SharedSentences(seeds, sources, ids, hits_a, hits_b)
+    return SharedSentences(seeds, sources, title, ids, hits_a, hits_b)
 
 
 def average_languages(hits, ids, languages):
     """The hits of each seed and sentence, averaged over languages: (S, I).
 
     A sentence has one id in all languages, and its translations are answered alike, so they count
-    as one observation. The mean over all is the mean of the languages' accuracies. Where a
-    language lacks a sentence, its mean stands in, and the sentences that it has weigh more.
+    as one observation. The mean over all is the mean of the languages' accuracies. A sentence that
+    a language lacks counts as that language's mean, and the deviations of those that it has are
+    enlarged by all / its own, so that its error stays that of its own sentences.
     hits: {language: (S, its I)}; ids: {language: ids of its sentences}.
     """
     known_ids = sorted(set().union(*(ids[language] for language in languages)))
@@ -621,7 +639,7 @@ def estimate_difference(a, b):
     square_sentences = max(square_sentences, square_rest)
 
     square = square_seeds + square_sentences - square_rest
-    if square < 1e-12:                                  # all runs give the same answers
+    if square < 1e-12:          # neither seeds nor sentences differ: nothing to estimate from
         return mean, 0.0, sentences - 1.0
     uncertainty = square_seeds ** 2 / (2 * (seeds - 1))
     uncertainty += square_sentences ** 2 / (sentences - 1)
@@ -710,7 +728,7 @@ def compare_languages(paired):
 
 def compare_groups(paired, config):
     """A line for the sources and each target group: accuracy of A and B, difference, interval."""
-    groups = {"Sources": sorted(paired.sources)}
+    groups = {paired.sources_title: sorted(paired.sources)}
     for title, codes in config["targets"].items():
         groups[title] = [code for code in codes if code not in paired.sources]
     lines = []
@@ -732,10 +750,10 @@ def compare_methods(runs, names, config, gold, notes):
 
     Raises ValueError as pick_method and pair_hits do.
     """
-    if names[0] == names[1]:
-        raise ValueError(f"--compare {names[0]} {names[1]}: name two different methods")
     runs_a = pick_method(runs, names[0])
     runs_b = pick_method(runs, names[1])
+    if runs_a == runs_b:
+        raise ValueError(f"--compare {names[0]} {names[1]}: name two different methods")
     paired = pair_hits(runs_a, runs_b, gold, notes)
     groups = compare_groups(paired, config)
     languages = compare_languages(paired)
@@ -745,6 +763,8 @@ def compare_methods(runs, names, config, gold, notes):
 def verdict(language_lines):
     """How many target languages each method wins, and which of them are significant: a sentence."""
     targets = [line for line in language_lines if line["note"] != "source"]
+    if not targets:
+        return "No target language is scored in both."
     won = sum(line["A - B"] > 1e-9 for line in targets)
     lost = sum(line["A - B"] < -1e-9 for line in targets)
     text = f"Target languages: {won} won, {lost} lost"
@@ -972,7 +992,7 @@ def draw_groups(axes, comparison, colours):
     """The difference of each group, with its interval."""
     for height, line in enumerate(comparison.groups):
         ends = [line["low"], line["high"]]
-        colour = colours.get(line["group"], "black")
+        colour = colours.get(line["group"].removesuffix(" of either"), "black")
         axes.plot(ends, [height, height], color=colour, solid_capstyle="butt")
         axes.plot(line["A - B"], height, "o", color=colour, markersize=4)
     labels = [f"{line['group']} ({line['languages']})" for line in comparison.groups]
@@ -1223,11 +1243,12 @@ def main(argv=None):
     runs, gold = read_runs(folders, args.split, config, notes)
     backbone = check_one_backbone(runs, notes)
     leave_out = [code.strip() for code in args.leave_out.split(",") if code.strip()]
-    leave_languages_out(leave_out, runs, gold)
+    leave_languages_out(leave_out, runs, gold, notes)
     titles = resolve_targets(config, leave_out)
     trained_on_arabic = any("arb_Arab" in run.sources for run in runs)
-    if trained_on_arabic and "ars_Arab" in gold and "ars_Arab" not in leave_out:
-        notes.append("ars_Arab shares 138 of its 204 test sentences with arb_Arab, a source; "
+    present = "ars_Arab" in gold and "ars_Arab" not in leave_out
+    if trained_on_arabic and present and args.split == "test":
+        notes.append("ars_Arab shares 138 of SIB-200's 204 test sentences with arb_Arab, a source; "
                      "--leave-out ars_Arab counts without it")
 
     direct = [run for run in runs if not run.adapted_to]

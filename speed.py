@@ -85,17 +85,19 @@ def replace_last_attention(backbone):
 @torch.no_grad()
 def states_agree(backbone, shortened):
     """Whether both give position 0 the same state, tried on random embeddings with padding."""
-    was_training = backbone.training
-    backbone.eval()
-    shortened.eval()
     words = backbone.get_input_embeddings().weight
     random = torch.randn(2, 6, words.shape[1], generator=torch.Generator().manual_seed(0))
     embeddings = random.to(words)
     mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]], device=words.device)
-    whole = backbone(inputs_embeds=embeddings, attention_mask=mask)[0]
-    short = shortened(inputs_embeds=embeddings, attention_mask=mask)[0]
-    backbone.train(was_training)
-    shortened.train(was_training)
+    was_training = backbone.training
+    try:
+        backbone.eval()
+        shortened.eval()
+        whole = backbone(inputs_embeds=embeddings, attention_mask=mask)[0]
+        short = shortened(inputs_embeds=embeddings, attention_mask=mask)[0]
+    finally:
+        backbone.train(was_training)
+        shortened.train(was_training)
     return short.shape[1] == 1 and torch.allclose(whole[:, 0], short[:, 0], rtol=1e-3, atol=1e-3)
 
 

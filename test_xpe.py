@@ -573,6 +573,13 @@ def test_heads_and_prompts_that_do_not_fit():
         xpe.PromptedClassifier(backbone, [prompt, make_prompt()], [head])
     with pytest.raises(ValueError, match="must be of equal length"):
         xpe.PromptedClassifier(backbone, [prompt, xpe.SoftPrompt(H, 5)], [head, make_head()])
+    other_head = xpe.ClassificationHead(H, head.config["classes"] + 1)
+    with pytest.raises(ValueError, match="must have equally many classes"):
+        xpe.PromptedClassifier(backbone, [prompt, make_prompt()], [head, other_head])
+    ids, mask = torch.full((2, 3), 5), torch.ones(2, 3, dtype=torch.long)
+    for owner in ([0, 1], [-1, 0]):
+        with pytest.raises(ValueError, match="owner must name prompts from 0 to 0"):
+            xpe.PromptedClassifier(backbone, prompt, head)(ids, mask, torch.tensor(owner))
 
 
 # ---- 10. A prompt is a folder --------------------------------------------------------------------

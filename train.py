@@ -37,16 +37,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-import yaml
 from safetensors.torch import save
 from tqdm import tqdm
 
 import xpe
 from backbone import (check_backbone, first_line, load_backbone, pick_attention, pick_device,
                       pick_precision, place, tokenizer_fingerprint)
-from config import in_reach, read_config, resolve_group, warn
-from data import Corpus, collate, encode, fingerprint, length_batches, locate, nearest, run_main
-from evaluate import Run, accuracy, method_name, predict, score_runs, shorten
+from config import dump_config, in_reach, read_config, resolve_group, warn
+from data import (SPLITS, Corpus, collate, encode, fingerprint, length_batches, locate, nearest,
+                  run_main)
+from evaluate import Run, accuracy, first_position_only, method_name, predict, score_runs
 
 try:
     import fcntl        # locks a run folder; Windows has none, and there two commands are on trust
@@ -56,8 +56,8 @@ except ImportError:
 # Under fp16 a first step that overflows is left out, as it should be; torch takes it for a mistake
 warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
 
-# Settings for the memory that there is: --resume may change them. (Other company in a pass means
-# other dropout, but the same recipe.)
+# Settings for the memory that there is: --resume may change them, but a pass that has a checkpoint
+# keeps its learners. (Other company in a pass means other dropout, but the same recipe.)
 MEMORY_SETTINGS = ("learners_at_once", "tokens")
 DIVERGED = "diverged.txt"
 
@@ -165,23 +165,6 @@ class Learner:
 
     # -- its folder
 
-    def saved_training(self):
-        """What prompt.json says of the training, or None if the run has not ended with a prompt."""
-        try:
-            training = xpe.read_json(self.folder / "prompt.json")["training"]
-        except (OSError, ValueError, KeyError):
-            return None
-        if not isinstance(training, dict) or training.get("finished") is not True:
-            return None
-        if not (self.folder / "prompt.safetensors").is_file():
-            raise FileNotFoundError(f"{self.folder}: has prompt.json, but prompt.safetensors is "
-                                    f"missing; remove the folder to train it again")
-        return training
-
-    def is_over(self):
-        """Whether nothing is left to train: it has a prompt, or diverged before it had one."""
-        return self.saved_training() is not None or (self.folder / DIVERGED).is_file()
-
     def check_settings(self, saved, path):
         """Raise ValueError if `saved` settings, found at `path`, are not those of this run."""
         if not isinstance(saved, dict):
@@ -283,10 +266,6 @@ class Learner:
         self.schedule.step()
         self.optimizer.zero_grad()
 
-    def order_batches(self, epoch, batch_size):
-        """The batches of an epoch, lists of sentences' numbers: see data.length_batches."""
-        return length_batches(self.task.lengths, batch_size, self.seed, epoch)
-
     def tensors(self):
         """A copy of its modules' tensors on the CPU, by name of the module."""
         copies = {}
@@ -362,7 +341,8 @@ class Learner:
         """Write the best tensors as a prompt folder; without any, write why there are none."""
         progress = self.progress
         if progress.stopped.startswith("diverged"):
-            kept = "nothing good to keep; lower train.rate"
+            section = "full" if self.meta["kind"] == "full" else "train"
+            kept = f"nothing good to keep; lower {section}.rate"
             if self.best is not None:
                 kept = f"kept step {progress.best_step}"
             warn(f"{self.folder}: {progress.stopped}; {kept}")
@@ -382,6 +362,25 @@ class Learner:
         xpe.save_prompt(self.folder, self.prompt, self.head, self.meta)
         tqdm.write(f"{self.folder}: dev accuracy {progress.best_accuracy:.1f} at step "
                    f"{progress.best_step}, {progress.stopped}, {progress.seconds:.0f} s")
+
+
+def saved_training(folder):
+    """What prompt.json says of the training, or None if the run has not ended with a prompt."""
+    try:
+        training = xpe.read_json(folder / "prompt.json")["training"]
+    except (OSError, ValueError, KeyError):
+        return None
+    if not isinstance(training, dict) or training.get("finished") is not True:
+        return None
+    if not (folder / "prompt.safetensors").is_file():
+        raise FileNotFoundError(f"{folder}: has prompt.json, but prompt.safetensors is missing; "
+                                f"remove the folder to train it again")
+    return training
+
+
+def is_over(folder):
+    """Whether nothing is left to train: the run has a prompt, or diverged before it had one."""
+    return saved_training(folder) is not None or (folder / DIVERGED).is_file()
 
 
 def already_there(folder):
@@ -445,7 +444,10 @@ def train(learners, model, autocast, cfg, pad_id, device, start=0, quiet=False):
             # each epoch has its own order, a pure function of seed and epoch
             epoch, position = divmod(step - 1, per_epoch)
             if orders is None or position == 0:
-                orders = [learner.order_batches(epoch, cfg["batch_size"]) for learner in learners]
+                orders = []
+                for learner in learners:
+                    lengths = learner.task.lengths
+                    orders.append(length_batches(lengths, cfg["batch_size"], learner.seed, epoch))
             first = position * cfg["accumulate"]
             numbers = range(first, min(first + cfg["accumulate"], batches))
 
@@ -568,20 +570,25 @@ def save_checkpoint(learners, step):
 def checkpoint_path(folder):
     """The checkpoint of the pass that `folder` belongs to, in the folder of its first learner.
     Raises ValueError for a pass.json that names none."""
-    path = Path(folder) / "pass.json"
-    first = folder.name
-    if path.is_file():
-        names = xpe.read_json(path).get("learners")
-        if not isinstance(names, list) or not names or not all(map(is_folder_name, names)):
-            raise ValueError(f"{path}: must name the learners of a pass; without it the run starts "
-                             f"over")
-        first = names[0]
-    return folder.parent / first / "checkpoint.pt"
+    return folder.parent / names_in_pass(folder)[0] / "checkpoint.pt"
+
+
+def names_in_pass(folder):
+    """The folders that began a pass together with `folder`, itself included. Raises ValueError for
+    a pass.json that does not say so."""
+    path = folder / "pass.json"
+    if not path.is_file():
+        return [folder.name]
+    names = xpe.read_json(path).get("learners")
+    if not isinstance(names, list) or not names or not all(map(is_folder_name, names)):
+        raise ValueError(f"{path}: must name the learners of a pass; without it the run starts "
+                         f"over")
+    return names
 
 
 def is_folder_name(name):
     """Whether `name`, out of a file, is the bare name of a folder and no path to elsewhere."""
-    return isinstance(name, str) and re.fullmatch(r"[\w+-][\w.+-]*", name) is not None
+    return isinstance(name, str) and re.fullmatch(r"[^./\\:\0][^/\\:\0]*", name) is not None
 
 
 def read_checkpoint(path):
@@ -699,7 +706,7 @@ def parse_arguments(argv):
         help="settings file; its `sources:` names the group to train on")
     add("--group", help="another group of that file")
     add("--languages", help="these languages instead, separated by commas")
-    add("--seeds", help="11, 11-20 or 11,15 (default: 11)")
+    add("--seeds", help="11, 11-20 or 11,15 (default: 11; with --adapt the seed of RUN)")
     add("--data", help="folder <language>/{train,dev,test}.tsv, or a dataset on the hub")
     add("--backbone", help="folder, or a model on the hub")
     add("--steps", type=int, help="optimizer steps at most")
@@ -749,16 +756,17 @@ def read_torchrun():
     return rank, local_rank, world_size
 
 
-def settings_for(config, mode, adapt, steps):
+def section_of(mode, adapt):
+    """The section of the configuration that has the last word on how a mode is trained."""
+    if adapt:
+        return "adapt"
+    return "full" if mode == "full" else "train"
+
+
+def settings_for(config, mode, adapt):
     """The `train` section as this mode has it, with the few values of other sections that the loop
     needs. Raises ValueError for numbers with which no step can be taken."""
-    cfg = dict(config["train"])
-    if mode == "full":
-        cfg.update(config["full"])
-    if adapt:
-        cfg.update(config["adapt"])
-    if steps is not None:
-        cfg.update(steps=steps, epochs=0)
+    cfg = {**config["train"], **config[section_of(mode, adapt)]}
     if cfg["steps"] < 1 and cfg["epochs"] < 1:
         raise ValueError(f"--steps {cfg['steps']}: at least 1, or train.epochs")
     cfg["mode"] = mode
@@ -780,7 +788,7 @@ def pick_languages(args, config):
         languages = resolve_group(config, group)
     if not languages or len(set(languages)) != len(languages):
         raise ValueError(f"languages {', '.join(languages)}: at least one, and each once")
-    if not is_folder_name(group):
+    if not re.fullmatch(r"[\w+-][\w.+-]*", group):
         raise ValueError(f"group {group!r}: its name becomes part of a folder's name: letters, "
                          f"digits, _ + - . only")
     return group, languages
@@ -817,7 +825,13 @@ def read_job(args):
         mode = mode or source.meta["kind"]
     check_mode(args, mode, source, config["prompt"]["ratio"])
     group, languages = pick_languages(args, config)
-    cfg = settings_for(config, mode, source, args.steps)
+    if args.group and not source:
+        config["sources"] = group
+    if args.steps is not None:
+        config[section_of(mode, source)].update(steps=args.steps, epochs=0)
+    cfg = settings_for(config, mode, source)
+    for names in config["targets"].values():
+        resolve_group(config, names)        # what is wrong with them is not to be told afterwards
     xpe.check_size("data.max_length", config["data"]["max_length"], smallest=2, largest=1 << 20)
 
     folder, revision = locate(config["data"]["name"], config["data"]["revision"])
@@ -935,7 +949,7 @@ def plan_passes(learners, size):
     passes, fresh, placed = [], {}, set()
     by_name = {learner.folder.name: learner for learner in learners}
     for learner in learners:
-        if learner.folder.name in placed or learner.is_over():
+        if learner.folder.name in placed or is_over(learner.folder):
             continue
         path = checkpoint_path(learner.folder)
         if path.is_file():
@@ -976,6 +990,10 @@ def run_pass(work, job, backbone, tokenizer, device, resume, quiet):
     for learner in learners:
         learner.claim_folder(resume)
         learner.prepare(cfg, steps, device)
+    over = [learner.folder for learner in learners if is_over(learner.folder)]
+    if len(over) == len(learners) or (over and not work.checkpoint):
+        raise FileExistsError(f"{over[0]}: another process has finished it meanwhile; --resume "
+                              f"again")
     start = 0
     if work.checkpoint:
         start = restore_checkpoint(learners, work.checkpoint, work.path)
@@ -993,26 +1011,35 @@ def run_pass(work, job, backbone, tokenizer, device, resume, quiet):
     if learners:
         model = join_learners(learners, model.backbone, job.reads)
         finished = train(learners, model, autocast, cfg, pad_id, device, start, quiet)
-    clear_pass(work.learners)
+    clear_passes(work.learners)
     return finished
 
 
-def clear_pass(learners):
-    """Delete the files that only a pass in progress needs, once all of its learners are over."""
-    if all(learner.is_over() for learner in learners):
-        for learner in learners:
-            for name in ("pass.json", "checkpoint.pt"):
-                (learner.folder / name).unlink(missing_ok=True)
+def clear_passes(learners):
+    """Delete the files that only a pass in progress needs, where all that began it are over: a
+    companion that this command does not train may go on from the checkpoint in our folder."""
+    for learner in learners:
+        try:
+            names = names_in_pass(learner.folder)
+        except ValueError:      # a damaged pass.json of a run that has ended: nobody needs it
+            names = [learner.folder.name]
+        folders = [learner.folder.parent / name for name in names]
+        folders = [folder for folder in folders if folder.exists()]
+        if all(is_over(folder) for folder in folders):
+            for folder in folders:
+                (folder / "pass.json").unlink(missing_ok=True)
+                (folder / "checkpoint.pt").unlink(missing_ok=True)
 
 
 def start_folders(learners, job):
     """Write into each new run folder what will be trained, and with whom."""
-    text = yaml.safe_dump(job.config, sort_keys=False, allow_unicode=True, width=100)
     names = [learner.folder.name for learner in learners]
     for learner in learners:
         (learner.folder / "checkpoint.pt").unlink(missing_ok=True)      # of a pass that is no more
+        for split in SPLITS:            # scores of a prompt that is no more
+            (learner.folder / f"{split}.json").unlink(missing_ok=True)
         learner.cut_log(0)
-        xpe.write_atomically(learner.folder / "config.yaml", text.encode())
+        xpe.write_atomically(learner.folder / "config.yaml", dump_config(job.config))
         together = json.dumps({"learners": names}).encode() + b"\n"
         xpe.write_atomically(learner.folder / "pass.json", together)
 
@@ -1027,8 +1054,8 @@ def train_passes(passes, job, backbone, tokenizer, device, args, quiet):
             if not isinstance(error, torch.OutOfMemoryError) and not on_cpu:
                 raise
             raise ValueError(f"out of memory with {len(work.learners)} learners of "
-                             f"{job.cfg['batch_size']} sentences: lower train.learners_at_once, "
-                             f"train.batch_size or evaluate.tokens") from None
+                             f"{job.cfg['batch_size']} sentences: lower {memory_settings(work)}"
+                             ) from None
         finally:
             for learner in work.learners:
                 learner.release_folder()
@@ -1045,13 +1072,25 @@ def train_passes(passes, job, backbone, tokenizer, device, args, quiet):
     return True
 
 
+def memory_settings(work):
+    """What to lower when memory runs out in a pass, as words."""
+    names = "train.batch_size or evaluate.tokens"
+    if len(work.learners) == 1:
+        return names
+    advice = f"train.learners_at_once, {names}"
+    path = checkpoint_path(work.learners[0].folder)
+    if path.is_file():
+        advice += f" (and remove {path}, which holds the pass together: then it starts over)"
+    return advice
+
+
 def check_folders(learners, resume):
     """Say what is over already. Raises FileExistsError for a folder that would be written over."""
     for learner in learners:
         if learner.folder.exists() and not resume:
             raise already_there(learner.folder)
         diverged = learner.folder / DIVERGED
-        if learner.saved_training() is not None:
+        if saved_training(learner.folder) is not None:
             print(f"{learner.folder}: finished already")
         elif diverged.is_file():
             reason = diverged.read_text().strip()
@@ -1082,16 +1121,16 @@ def main(argv=None):
     fit_max_length(job, backbone)
     describe_learners(learners, job, tokenizer, identity)
     if job.reads == "prompt" or job.mode == "full":     # the head reads position 0
-        backbone = shorten(backbone)
+        backbone = first_position_only(backbone)
     for learner in learners:
-        training = learner.saved_training()
+        training = saved_training(learner.folder)
         if training is not None:
             learner.check_settings(training.get("settings"), learner.folder / "prompt.json")
     size = 1 if job.mode == "full" else job.cfg["learners_at_once"]
     passes = plan_passes(learners, size)
     if not train_passes(passes, job, backbone, tokenizer, device, args, quiet=rank > 0):
         return 130
-    clear_pass(learners)        # a learner that ended early is in no pass, a crash may have come
+    clear_passes(learners)      # a learner that ended early is in no pass, a crash may have come
     del backbone
     return report_results(learners, job, device, args, first=rank == 0)
 
@@ -1116,7 +1155,7 @@ def score_trained(folders, job, device, args):
 
 def report_results(learners, job, device, args, first):
     """Score what was trained and say what to do next -> exit status: 2 if a learner diverged."""
-    trained = [learner for learner in learners if learner.saved_training() is not None]
+    trained = [learner for learner in learners if saved_training(learner.folder) is not None]
     unscored = [learner.folder for learner in trained
                 if not (learner.folder / "test.json").is_file()]
     if job.config["evaluate"]["after_training"] and unscored:
@@ -1126,7 +1165,7 @@ def report_results(learners, job, device, args, first):
               f"--text \"Your sentence\"\n  python {in_reach('report.py')} "
               f"{shlex.quote(args.out)}/*")
     diverged = [learner for learner in trained
-                if str(learner.saved_training().get("stopped")).startswith("diverged")]
+                if str(saved_training(learner.folder).get("stopped")).startswith("diverged")]
     return 0 if len(trained) == len(learners) and not diverged else 2
 
 

@@ -241,6 +241,8 @@ class PromptedClassifier(nn.Module):
             raise ValueError(f"{len(prompts)} prompts need as many heads, not {len(heads)}")
         if len({prompt.length for prompt in prompts}) > 1:
             raise ValueError("prompts that share a batch must be of equal length")
+        if len({head.config["classes"] for head in heads}) > 1:
+            raise ValueError("heads that share a batch must have equally many classes")
         embedding_width, hidden_width = widths(backbone)
         for prompt in prompts:
             if prompt.config["width"] != embedding_width:
@@ -276,6 +278,8 @@ class PromptedClassifier(nn.Module):
                                  f"prompt each text uses")
             sizes = [B // K] * K
         else:
+            if owner.min() < 0 or owner.max() >= K:
+                raise ValueError(f"owner must name prompts from 0 to {K - 1}")
             order = owner.argsort(stable=True)
             input_ids, attention_mask = input_ids[order], attention_mask[order]
             sizes = owner.bincount(minlength=K).tolist()

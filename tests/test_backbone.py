@@ -130,6 +130,9 @@ def test_pick_device():
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="--device cuda:7: "):
             backbone.pick_device("cuda:7")
+    for name in ("meta", "hpu"):        # holds no numbers; needs a package that is not there
+        with pytest.raises(ValueError, match=f"--device {name}: "):
+            backbone.pick_device(name)
 
 
 @pytest.mark.parametrize("precision, frozen_weights, frozen, stored, in_autocast", [
@@ -320,7 +323,8 @@ def test_a_name_that_is_no_folder(monkeypatch):
     def refuse(*_, **__):
         pytest.fail("the hub was asked")
     monkeypatch.setattr(backbone, "download", refuse)
-    for name in ("/no/where", "./models/xlm-r", "a/b/c", "-x", "../nothing"):
+    for name in ("/no/where", "./models/xlm-r", "a/b/c", "-x", "../nothing",
+                 "~nosuchuser/x"):
         with pytest.raises(FileNotFoundError, match="backbone.name: no folder"):
             backbone.load_backbone(name)
 
@@ -395,6 +399,15 @@ def test_a_tokenizer_of_another_model(copy):
     with pytest.raises(ValueError, match=r"roberta\): its tokenizer does not know \d+ of \d+"):
         check(copy)
     check(copy, texts=["word1 word2 word3 other"])      # texts to train on, of which it knows most
+
+
+def test_a_tokenizer_that_fails(copy):
+    """Catches: a plain Exception of the library tokenizers, as a traceback."""
+    written = json.loads((copy / "tokenizer.json").read_text())
+    written["model"]["unk_token"] = "[absent]"
+    (copy / "tokenizer.json").write_text(json.dumps(written))
+    with pytest.raises(ValueError, match="the backbone's tokenizer fails on '.*': "):
+        check(copy)
 
 
 def test_a_tokenizer_with_a_part_of_the_vocabulary(copy):
@@ -481,6 +494,8 @@ class Broken(torch.nn.Module):
             states = states[:, :, :8]
         if self.fault == "detached":
             states = states.detach()
+        if self.fault == "zero":
+            states = states * 0
         if self.fault == "steep":
             states = (states - states.detach()).abs().sqrt() + states.detach()
         return (states,)
@@ -489,6 +504,7 @@ class Broken(torch.nn.Module):
 @pytest.mark.parametrize("fault, message", [
     ("nan", "outputs or gradients that are not finite"),
     ("steep", "outputs or gradients that are not finite"),
+    ("zero", "the head sees nothing of the text"),
     ("shorter", r"its output is \(1, \d+, 16\), not \(1, \d+\) and a width"),
     ("narrower", "its states are 8 wide, its configuration says 16"),
     ("pooled", r"its output is \(1, 16\), not"),

@@ -131,7 +131,7 @@ def test_a_group_that_stands_twice_in_memory_is_written_twice(tmp_path):
     ("train: {rates: 1.0}", r"unknown setting 'train.rates' \(did you mean rate\?\)"),
     ("trian: {rate: 1.0}", r"unknown setting 'trian' \(did you mean train\?\)"),
     ("7: 1", "unknown setting '7'"),
-    ("full: {prompt_droput: 0.1}", r"'full.prompt_droput' \(did you mean prompt_dropout\?\)"),
+    ("adapt: {prompt_droput: 0.1}", r"'adapt.prompt_droput' \(did you mean prompt_dropout\?\)"),
     ("train: {rate: 5e-5}", "train.rate must be a number, not '5e-5'; YAML .* write 5.0e-5"),
     ("train: {steps: 1.5}", "train.steps must be a whole number, not 1.5"),
     ("train: {steps: true}", "train.steps must be a whole number, not True"),
@@ -152,6 +152,7 @@ def test_a_group_that_stands_twice_in_memory_is_written_twice(tmp_path):
     ("groups: {mine: [1, 2]}", "groups.mine must be a list of language codes"),
     ("groups: {mine: {a: b}}", "groups.mine must be a list of language codes"),
     ("targets: {3: [aaa_Latn]}", "targets.3 must be a list of language codes"),
+    ("targets: {Sources: [aaa_Latn]}", "targets.Sources: this column is always there"),
     ("- a\n- b", "holds no mapping"), ("", "holds no mapping"), ("just words", "holds no mapping"),
 ])
 def test_a_wrong_setting_is_refused_by_name(tmp_path, text, message):
@@ -294,10 +295,19 @@ def test_groups_are_resolved_in_order_each_code_once():
     settings = {"groups": groups}
     assert resolve_group(settings, "b") == ["x", "z", "w"]
     assert resolve_group(settings, ["w", "b", "x"]) == ["w", "x", "z"]
-    assert resolve_group(settings, ["-y", "a"]) == ["x", "y", "z"]
     assert resolve_group(settings, ["a", "-one"]) == ["y", "z"]
     assert resolve_group(settings, "v") == ["v"]
     assert resolve_group(settings, "none") == []
+
+
+@pytest.mark.parametrize("names, message", [
+    (["-y", "a"], "-y stands first and leaves nothing out"),
+    (["a", "-q"], "-q leaves nothing out: neither a group nor a language that stands before it"),
+    (["a", "-aa"], r"-aa leaves nothing out: .*did you mean a\?")])
+def test_an_exclusion_that_excludes_nothing(names, message):
+    """Catches: a mistyped name that leaves all languages in."""
+    with pytest.raises(ValueError, match=message):
+        resolve_group({"groups": {"a": ["x", "y", "z"]}}, names)
 
 
 def test_a_group_called_like_its_language():

@@ -397,6 +397,7 @@ def test_some_languages_are_shown_and_not_written(run, capsys):
     assert "of 2: 1 not scored" in output.out and "bbb_Latn" not in output.out
     assert "34 sentences of 2 languages, in" in output.out
     assert not (run / "test.csv").exists()
+    assert "not all languages, so nothing is written; --out FOLDER keeps" in output.err
     main(run, "--groups", "others", "--split", "dev")
     assert "42 sentences of 2 languages" in capsys.readouterr().out
 
@@ -432,6 +433,25 @@ def test_scored_runs_are_not_computed_again(world, run, tmp_path, capsys, monkey
     xpe.save_prompt(run, prompt, head, meta)
     main(run)
     assert len(computed) == 4
+
+
+def test_scores_of_another_backbone_or_precision_are_computed(world, run, tmp_path, capsys,
+                                                              monkeypatch):
+    """Catches: the table of one backbone shown as that of another, float32 answered by bf16."""
+    shutil.copytree(world / "backbone", tmp_path / "other")
+    computed = []
+    fill_group = evaluate.fill_group
+
+    def spy(*arguments):
+        computed.append(arguments)
+        fill_group(*arguments)
+    monkeypatch.setattr(evaluate, "fill_group", spy)
+    out = ["--out", tmp_path / "scores"]
+    for count, choice in enumerate([["--backbone", tmp_path / "other"], [], ["--amp", "bf16"],
+                                    ["--amp", "off"]], start=1):
+        main(run, *choice, *out)
+        main(run, *choice, *out)
+        assert len(computed) == count, choice
 
 
 def test_targets_that_cannot_be_scored_are_told(world, tmp_path, run, capsys):
@@ -605,6 +625,8 @@ def test_backbone_and_data_are_those_of_the_training(world, tmp_path):
     assert opened.config["backbone"]["name"] == "someone/encoder"
     assert opened.config["backbone"]["revision"] == "c0ffee"
     assert opened.config["data"]["revision"] == "main" and opened.changed == []
+    opened = evaluate.Run(tmp_path / "run", backbone="someone/encoder")     # its own
+    assert opened.config["backbone"]["revision"] == "c0ffee" and opened.changed == []
     opened = evaluate.Run(tmp_path / "run", backbone="another/encoder")
     assert opened.config["backbone"]["revision"] == "main" and opened.changed == ["backbone"]
 
@@ -730,7 +752,6 @@ def test_texts_that_were_cut_are_told(world, tmp_path, capsys):
 @pytest.mark.parametrize("arguments, message", [
     ([], "RUN is missing: name one or more run folders"),
     (["--text", "hi", "RUN"], "--text takes everything behind it, so the run comes first: "),
-    (["a run", "--report"], "the report is a command of its own: python report.py 'a run'"),
     (["RUN", "--device", "gpu"], "--device gpu"),
     (["RUN", "--groups", "othrs"], r"--groups: no group 'othrs' \(did you mean others\?\)"),
     (["RUN", "--languages", "ccc_Lat"], r"no language 'ccc_Lat' in .*did you mean ccc_Latn"),

@@ -495,8 +495,9 @@ NO_DROPOUT = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
 
 def training_settings():
     """The paper's recipe, with 60 steps at rates that move a tiny model."""
-    settings = train.settings_for(config.read_config(), "dual", None, STEPS)
-    settings.update(batch_size=BATCH, evaluate_every=STEPS, amp="off", rate=5e-3, encoded_rate=5e-3,
+    settings = train.settings_for(config.read_config(), "dual", None)
+    settings.update(steps=STEPS, batch_size=BATCH, evaluate_every=STEPS, amp="off", rate=5e-3,
+                    encoded_rate=5e-3,
                     standard_rate=5e-2)
     return settings
 

@@ -281,6 +281,60 @@ def test_a_part_of_a_pass_is_refused_by_name(world, tmp_path, monkeypatch, seeds
     assert train.main(command(world, tmp_path, *steps, "--resume")) == 0
 
 
+def test_resuming_a_finished_seed_keeps_the_checkpoint_of_its_companions(world, tmp_path,
+                                                                         monkeypatch):
+    """Catches: a checkpoint that is deleted with the seed in whose folder it lies, while the other
+    seeds of its pass still need it."""
+    settings = with_set(["train.patience_after=0.1", "train.evaluate_every=2"])
+    arguments = command(world, tmp_path / "a", "--steps", "8", *settings)
+    record_evaluation = train.Learner.record_evaluation
+
+    def stop_11_early(learner, step, *others):
+        record_evaluation(learner, step, *others)
+        if learner.seed == 11 and step == 4:
+            learner.progress.stopped = "early"
+    monkeypatch.setattr(train.Learner, "record_evaluation", stop_11_early)
+    interrupt(monkeypatch, arguments)
+    first = tmp_path / "a" / "xpe-two-s11"
+    assert (first / "prompt.json").is_file()
+    assert train.main([*arguments, "--seeds", "11", "--resume"]) == 0
+    assert (first / "checkpoint.pt").is_file()
+    assert train.main([*arguments, "--seeds", "12-13", "--resume"]) == 0
+    assert not list((tmp_path / "a").glob("*/checkpoint.pt"))
+    assert not list((tmp_path / "a").glob("*/pass.json"))
+    train.main(command(world, tmp_path / "b", "--steps", "8", *settings))
+    assert content_of(tmp_path / "a") == content_of(tmp_path / "b")
+
+
+def test_a_run_that_another_process_has_finished_meanwhile(world, tmp_path, monkeypatch):
+    """Catches: a finished run that is trained over, because it was planned before it was locked."""
+    arguments = command(world, tmp_path, "--seeds", "11", "--steps", "4")
+    plan_passes = train.plan_passes
+
+    def plan_and_finish(learners, size):
+        passes = plan_passes(learners, size)
+        monkeypatch.setattr(train, "plan_passes", plan_passes)
+        assert train.main(arguments) == 0
+        return passes
+    monkeypatch.setattr(train, "plan_passes", plan_and_finish)
+    with pytest.raises(FileExistsError, match="xpe-two-s11: another process has finished it"):
+        train.main([*arguments, "--resume"])
+    assert train.main([*arguments, "--resume"]) == 0
+
+
+def test_scores_of_a_prompt_that_is_gone_go_with_it(world, tmp_path):
+    """Catches: the test table of an earlier training beside the prompt of a new one."""
+    arguments = command(world, tmp_path, "--seeds", "11", "--steps", "4",
+                        "--set", "evaluate.after_training=true")
+    assert train.main(arguments) == 0
+    run = tmp_path / "xpe-two-s11"
+    before = (run / "test.json").read_text()
+    (run / "prompt.json").unlink()
+    (run / "test.json").write_text(before.replace('"run"', '"old"'))
+    assert train.main([*arguments, "--resume"]) == 0
+    assert (run / "test.json").read_text() == before
+
+
 def test_an_existing_folder_is_not_started_over(world, tmp_path):
     """Catches: a second start that writes over a finished run, or over one of several."""
     arguments = command(world, tmp_path / "runs", "--steps", "4")

@@ -117,7 +117,9 @@ def test_a_disguised_backbone_is_not_shortened():
     assert speed.first_position_only(backbone) is backbone
     backbone = make_backbone()
     del backbone.encoder.layer[-1].attention.self.query
+    backbone.train()
     assert speed.first_position_only(backbone) is backbone
+    assert backbone.training        # although the trial failed in evaluation mode
     assert speed.first_position_only(torch.nn.Linear(2, 2)).in_features == 2
 
 

@@ -82,7 +82,7 @@ ENCODED_RATES = {
 def test_rates_of_the_recipe(ratio, prompt_rates):
     """Catches: the standard rows at the encoder's rate (SPT then hardly learns), decay on
     biases."""
-    cfg = train.settings_for(read_config(), "dual", None, None)
+    cfg = train.settings_for(read_config(), "dual", None)
     modules = nn.ModuleDict({"prompt": xpe.SoftPrompt(16, ratio=ratio),
                              "head": xpe.ClassificationHead(16, 7)})
     assert rates_by_name(modules, cfg) == {**prompt_rates, **HEAD_RATES}
@@ -91,7 +91,7 @@ def test_rates_of_the_recipe(ratio, prompt_rates):
 @pytest.mark.parametrize("encoder", ["lstm", "attention"])
 def test_no_bias_or_norm_decays(encoder):
     """Catches: a bias that a layer of torch names in its own way, as bias_ih_l0 or in_proj_bias."""
-    cfg = train.settings_for(read_config(), "xpe", None, None)
+    cfg = train.settings_for(read_config(), "xpe", None)
     prompt = xpe.SoftPrompt(16, encoder=encoder)
     rates = rates_by_name(nn.ModuleDict({"prompt": prompt}), cfg)
     assert len(rates) == len(list(prompt.parameters()))
@@ -104,7 +104,7 @@ def test_the_open_rates_of_dual_can_be_set():
     """Catches: the rates of the paper-era code, which config.yaml names, out of reach."""
     settings = ["train.encoded_rate=5.0e-3", "train.encoded_weight_decay=0",
                 "train.standard_rate=5.0e-5", "train.standard_weight_decay=0.01"]
-    cfg = train.settings_for(read_config(None, settings), "dual", None, None)
+    cfg = train.settings_for(read_config(None, settings), "dual", None)
     rates = rates_by_name(nn.ModuleDict({"prompt": xpe.SoftPrompt(16, ratio=0.3)}), cfg)
     assert rates["prompt.standard"] == (5e-5, 0.01) and rates["prompt.encoded"] == (5e-3, 0)
     assert rates["prompt.encoder.0.weight"] == (5e-5, 0.01)
@@ -158,15 +158,16 @@ def test_settings_of_each_kind_of_training():
     """Catches: `adapt` or `full` that are forgotten, layers in the wrong order, --steps beside
     epochs."""
     config = read_config(None, ["adapt.batch_size=4", "full.cycles=3"])
-    source = train.settings_for(config, "xpe", None, None)
-    adapted = train.settings_for(config, "xpe", "a run", None)
-    full = train.settings_for(config, "full", None, None)
+    source = train.settings_for(config, "xpe", None)
+    adapted = train.settings_for(config, "xpe", "a run")
+    full = train.settings_for(config, "full", None)
     assert (source["steps"], source["patience"], source["optimizer"]) == (24000, 20, "adafactor")
     assert (adapted["steps"], adapted["batch_size"], adapted["rate"]) == (6000, 4, 5e-5)
     assert (adapted["warmup"], adapted["patience"], adapted["prompt_dropout"]) == (0.05, 30, 0.0)
     assert (full["epochs"], full["cycles"], full["rate"]) == (10, 3, 1e-5)
     assert full["optimizer"] == "adamw" and full["schedule"] == "linear"
-    shorter = train.settings_for(config, "full", None, 5)
+    config["full"].update(steps=5, epochs=0)         # --steps 5
+    shorter = train.settings_for(config, "full", None)
     assert train.count_steps(shorter, 4907) == (5, 77, 154)
     assert train.count_steps(full, 4907) == (770, 77, 154)
 
@@ -483,8 +484,10 @@ def test_a_step_waits_for_nothing_and_mixes_no_devices(world, monkeypatch, mode,
 
 def tiny_job(world, mode, settings):
     """What build and train need of a Job."""
-    config = read_config(world / "config.yaml", [*settings, "train.evaluate_every=3"])
-    cfg = train.settings_for(config, mode, None, 3)
+    section = "full" if mode == "full" else "train"
+    config = read_config(world / "config.yaml", [*settings, "train.evaluate_every=3",
+                                                 f"{section}.steps=3", f"{section}.epochs=0"])
+    cfg = train.settings_for(config, mode, None)
     corpus = SimpleNamespace(labels=data.LABELS)
     return train.Job(config, cfg, mode, None, "two", [], corpus, {}, "prompt", 20)
 
@@ -811,6 +814,37 @@ def test_adaptation_takes_the_seed_and_kind_of_its_source(world, source_run, pas
     start, trained = passes[0][2]["prompts.0.encoded"], passes[0][0][0].prompt.encoded
     assert not torch.equal(start, trained)
     assert content_of(source_run) == before
+
+
+def test_a_run_of_any_name_can_be_adapted(world, source_run, tmp_path):
+    """Catches: a folder's name, as the hub's branches make it, that the run's own pass.json may not
+    hold, so that training dies at its first checkpoint."""
+    source = tmp_path / "a b@seed-03"
+    shutil.copytree(source_run, source)
+    arguments = command(world, tmp_path / "out", "--adapt", source, "--languages", "ccc_Latn",
+                        "--set", "adapt.steps=2")
+    assert train.main(arguments) == 0
+    meta = xpe.load_prompt(tmp_path / "out" / "a b@seed-03-to-ccc_Latn-s12")[2]
+    assert meta["training"]["stopped"] == "all steps"
+
+
+def test_the_saved_configuration_is_that_of_the_command(world, tmp_path):
+    """Catches: a config.yaml from which another training would follow."""
+    train.main(command(world, tmp_path, "--group", "others", "--seeds", "11", "--steps", "2"))
+    saved = read_config(tmp_path / "xpe-others-s11" / "config.yaml")
+    assert saved["train"]["steps"] == 2 and saved["sources"] == "others"
+    train.main(command(world, tmp_path, "--mode", "full", "--seeds", "11", "--steps", "1"))
+    saved = read_config(tmp_path / "full-two-s11" / "config.yaml")
+    assert train.settings_for(saved, "full", None)["steps"] == 1 and saved["full"]["epochs"] == 0
+
+
+def test_targets_that_contain_themselves_are_told_before_training(world, tmp_path, capsys):
+    """Catches: hours of training, and then a run that cannot be scored."""
+    arguments = command(world, tmp_path / "out", "--seeds", "11", "--steps", "2", "--set",
+                        "groups.ccc_Latn=[ccc_Latn]", "--set", "targets.C=ccc_Latn")
+    status, error = run_script(train.main, arguments, capsys)
+    assert status == 2 and "groups.ccc_Latn lists 'ccc_Latn', which is the group itself" in error
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("change, message", [
