@@ -329,28 +329,20 @@ def resolve_group(config, names):
 def expand_names(names, groups, inside, known):
     """The codes of `names`; inside: the groups being expanded; known: those expanded before."""
     codes = []
-    for name in names:
+    named = set()       # by the names so far, whether left out again or not
+    for position, name in enumerate(names):
         members = expand_name(name.removeprefix("-"), groups, inside, known)
-        if name.startswith("-"):
-            try:
-                check_exclusion(name, codes, groups)
-            except ValueError as error:
-                place = f"groups.{inside[-1]}: " if inside else ""
-                raise ValueError(f"{place}{error}") from None
-            codes = [code for code in codes if code not in members]
-        else:
+        if not name.startswith("-"):
+            named.update(members)
             codes += [code for code in members if code not in codes]
+            continue
+        is_known = name[1:] in groups or name[1:] in named
+        if position == 0 or not is_known:
+            place = f"groups.{inside[-1]}: " if inside else ""
+            raise ValueError(f"{place}{name} leaves nothing out: no such group or language stands "
+                             f"before it{nearest(name[1:], [*groups, *named])}")
+        codes = [code for code in codes if code not in members]
     return codes
-
-
-def check_exclusion(name, codes, groups):
-    """Raise ValueError for a -name that cannot leave anything out of the codes before it."""
-    if not codes:
-        raise ValueError(f"{name} stands first and leaves nothing out: it goes behind the names "
-                         f"that it is to be taken from")
-    if name[1:] not in groups and name[1:] not in codes:
-        raise ValueError(f"{name} leaves nothing out: neither a group nor a language that stands "
-                         f"before it{nearest(name[1:], [*groups, *codes])}")
 
 
 def expand_name(name, groups, inside, known):

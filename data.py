@@ -526,8 +526,8 @@ def run_main(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
     except torch.OutOfMemoryError as error:
-        print(f"error: {shorten(str(error), ERROR_LENGTH)}; lower evaluate.tokens in config.yaml, "
-              f"for a run of your own in the one in its folder", file=sys.stderr)
+        print(f"error: {shorten(str(error), ERROR_LENGTH)}; lower evaluate.tokens (config.yaml; "
+              f"for a run of your own, the config.yaml in its folder)", file=sys.stderr)
         status = 2
     except (ValueError, OSError) as error:
         print(f"error: {shorten(str(error), ERROR_LENGTH)}", file=sys.stderr)

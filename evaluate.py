@@ -311,11 +311,11 @@ class Classifier:
         reads = first.meta["reads"]
         settings = first.config["backbone"]
         attention = pick_attention(settings["attention"], self.device, self.precision)
-        backbone, tokenizer, identity = load_backbone(
+        backbone, tokenizer, self.identity = load_backbone(
             settings["name"], settings["revision"], attention, settings["trust_remote_code"])
-        check_backbone(backbone, tokenizer, identity, reads)
+        check_backbone(backbone, tokenizer, self.identity, reads)
         for run in self.runs:
-            warn_if_other(run, "backbone's weights", identity["fingerprint"],
+            warn_if_other(run, "backbone's weights", self.identity["fingerprint"],
                           run.meta["backbone"].get("fingerprint"))
             warn_if_other(run, "tokenizer", tokenizer_fingerprint(tokenizer),
                           run.meta.get("tokenizer"))
@@ -419,6 +419,7 @@ class Scores:
         self.split = split
         self.sentences = sentences
         self.facts = facts
+        self.identity = None                    # of the backbone: see load_backbone
         self.probabilities = None
         self.lines = []
 
@@ -533,6 +534,7 @@ def fill_group(prepared, device, amp):
     for scores, probabilities in zip(prepared, answers):
         scores.facts["precision"] = classifier.precision
         scores.facts["device"] = device.type
+        scores.identity = classifier.identity
         scores.fill(probabilities)
 
 
@@ -549,7 +551,7 @@ def score_runs(runs, split="test", languages=None, device=None, amp="auto", out=
     """
     device = device or pick_device()
     if languages and show and not out:
-        warn("not all languages, so nothing is written; --out FOLDER keeps the scores")
+        warn("languages are named, so nothing is written; --out FOLDER keeps the scores")
     folders = {run: result_folder(run, languages, out) for run in runs}
     check_folders([folder for folder in folders.values() if folder])
     lines_of = {}
@@ -651,7 +653,13 @@ def write_scores(scores, folder):
     run, split = scores.run, scores.split
     folder.mkdir(parents=True, exist_ok=True)
     if run.released or folder.resolve() != run.folder.resolve():
-        xpe.save_prompt(folder, run.prompt, run.head, run.meta)
+        meta = dict(run.meta)           # what was scored with is what the report reads
+        if "backbone" in run.changed:
+            meta["backbone"] = scores.identity
+        if "data" in run.changed:
+            name = run.config["data"]["name"]
+            meta["data"] = {"name": name, "revision": scores.facts["revision"]}
+        xpe.save_prompt(folder, run.prompt, run.head, meta)
         xpe.write_atomically(folder / "config.yaml", dump_config(run.config))
 
     columns = ["language", "index_id", "label", "predicted"]
@@ -676,7 +684,7 @@ def write_scores(scores, folder):
 
 
 def read_scores(scores, folder):
-    """The lines that an earlier call left, if it had the same prompt and data; otherwise none."""
+    """The lines that an earlier call left, if its facts were the same; otherwise none."""
     files = [folder / f"{scores.split}{end}" for end in (".json", ".csv", "_predictions.csv")]
     if not all(file.is_file() for file in files):
         return []

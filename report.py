@@ -258,7 +258,11 @@ def check_scores(folder, split, hits, scores):
 def name_sources(sources, config):
     """The name of the group that holds just these languages, or else their codes."""
     for name in config["groups"]:
-        if set(resolve_group(config, name)) == set(sources):
+        try:
+            codes = resolve_group(config, name)
+        except ValueError:      # a group that nobody uses costs no report
+            continue
+        if set(codes) == set(sources):
             return name
     return "+".join(sources)
 

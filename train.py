@@ -588,7 +588,8 @@ def names_in_pass(folder):
 
 def is_folder_name(name):
     """Whether `name`, out of a file, is the bare name of a folder and no path to elsewhere."""
-    return isinstance(name, str) and re.fullmatch(r"[^./\\:\0][^/\\:\0]*", name) is not None
+    is_name = isinstance(name, str) and name not in ("", ".", "..") and "\0" not in name
+    return is_name and Path(name).name == name
 
 
 def read_checkpoint(path):
@@ -830,7 +831,7 @@ def read_job(args):
     if args.steps is not None:
         config[section_of(mode, source)].update(steps=args.steps, epochs=0)
     cfg = settings_for(config, mode, source)
-    for names in config["targets"].values():
+    for names in [*config["targets"].values(), *config["groups"]]:
         resolve_group(config, names)        # what is wrong with them is not to be told afterwards
     xpe.check_size("data.max_length", config["data"]["max_length"], smallest=2, largest=1 << 20)
 
@@ -1019,16 +1020,19 @@ def clear_passes(learners):
     """Delete the files that only a pass in progress needs, where all that began it are over: a
     companion that this command does not train may go on from the checkpoint in our folder."""
     for learner in learners:
-        try:
+        if not (learner.folder / "pass.json").is_file():
+            continue
+        # damaged files and incomplete runs are no reason to delete, nor to fail here
+        with suppress(ValueError, FileNotFoundError):
             names = names_in_pass(learner.folder)
-        except ValueError:      # a damaged pass.json of a run that has ended: nobody needs it
-            names = [learner.folder.name]
-        folders = [learner.folder.parent / name for name in names]
-        folders = [folder for folder in folders if folder.exists()]
-        if all(is_over(folder) for folder in folders):
-            for folder in folders:
-                (folder / "pass.json").unlink(missing_ok=True)
-                (folder / "checkpoint.pt").unlink(missing_ok=True)
+            folders = [learner.folder.parent / name for name in names]
+            folders = [folder for folder in folders if folder.exists()]
+            # a companion may have started over with others since
+            same_pass = all(names_in_pass(folder) in (names, [folder.name]) for folder in folders)
+            if same_pass and all(is_over(folder) for folder in folders):
+                for folder in folders:
+                    (folder / "pass.json").unlink(missing_ok=True)
+                    (folder / "checkpoint.pt").unlink(missing_ok=True)
 
 
 def start_folders(learners, job):
@@ -1036,8 +1040,9 @@ def start_folders(learners, job):
     names = [learner.folder.name for learner in learners]
     for learner in learners:
         (learner.folder / "checkpoint.pt").unlink(missing_ok=True)      # of a pass that is no more
-        for split in SPLITS:            # scores of a prompt that is no more
-            (learner.folder / f"{split}.json").unlink(missing_ok=True)
+        for split in SPLITS:                    # scores of a prompt that is no more
+            for end in (".json", ".csv", "_predictions.csv"):
+                (learner.folder / f"{split}{end}").unlink(missing_ok=True)
         learner.cut_log(0)
         xpe.write_atomically(learner.folder / "config.yaml", dump_config(job.config))
         together = json.dumps({"learners": names}).encode() + b"\n"

@@ -296,13 +296,14 @@ def test_groups_are_resolved_in_order_each_code_once():
     assert resolve_group(settings, "b") == ["x", "z", "w"]
     assert resolve_group(settings, ["w", "b", "x"]) == ["w", "x", "z"]
     assert resolve_group(settings, ["a", "-one"]) == ["y", "z"]
+    assert resolve_group(settings, ["a", "-b", "-a", "-x"]) == []
     assert resolve_group(settings, "v") == ["v"]
     assert resolve_group(settings, "none") == []
 
 
 @pytest.mark.parametrize("names, message", [
-    (["-y", "a"], "-y stands first and leaves nothing out"),
-    (["a", "-q"], "-q leaves nothing out: neither a group nor a language that stands before it"),
+    (["-y", "a"], "-y leaves nothing out"), (["-a", "a"], "-a leaves nothing out"),
+    (["a", "-q"], "-q leaves nothing out: no such group or language stands before it"),
     (["a", "-aa"], r"-aa leaves nothing out: .*did you mean a\?")])
 def test_an_exclusion_that_excludes_nothing(names, message):
     """Catches: a mistyped name that leaves all languages in."""

@@ -576,7 +576,8 @@ def raising(error):
     (ValueError("two\n lines"), 2, "error: two lines\n"),
     (FileNotFoundError("x: no such folder"), 2, "error: x: no such folder\n"),
     (torch.OutOfMemoryError("CUDA out of memory"), 2,
-     "error: CUDA out of memory; lower evaluate.tokens in config.yaml\n"),
+     "error: CUDA out of memory; lower evaluate.tokens (config.yaml; for a run of your own, the "
+     "config.yaml in its folder)\n"),
     (KeyboardInterrupt(), 130, "interrupted\n"),
 ])
 def test_errors_that_a_person_can_cause_are_one_line(capsys, error, status, line):

@@ -397,7 +397,7 @@ def test_some_languages_are_shown_and_not_written(run, capsys):
     assert "of 2: 1 not scored" in output.out and "bbb_Latn" not in output.out
     assert "34 sentences of 2 languages, in" in output.out
     assert not (run / "test.csv").exists()
-    assert "not all languages, so nothing is written; --out FOLDER keeps" in output.err
+    assert "languages are named, so nothing is written; --out FOLDER keeps" in output.err
     main(run, "--groups", "others", "--split", "dev")
     assert "42 sentences of 2 languages" in capsys.readouterr().out
 
@@ -452,6 +452,8 @@ def test_scores_of_another_backbone_or_precision_are_computed(world, run, tmp_pa
         main(run, *choice, *out)
         main(run, *choice, *out)
         assert len(computed) == count, choice
+        named = xpe.read_json(tmp_path / "scores" / run.name / "prompt.json")["backbone"]["name"]
+        assert Path(named) == (tmp_path / "other" if count == 1 else world / "backbone")
 
 
 def test_targets_that_cannot_be_scored_are_told(world, tmp_path, run, capsys):

@@ -389,7 +389,7 @@ def test_what_is_exported(tmp_path, ratio):
         assert torch.equal(tensors[f"base_model.classifier.{name}"], tensor)
     settings = xpe.read_json(tmp_path / "new" / "adapter_config.json")
     assert (settings["num_virtual_tokens"], settings["token_dim"]) == (6, H)
-    assert settings["base_model_name_or_path"] == "b"
+    assert settings["base_model_name_or_path"] == "b" and settings["revision"] is None
     labels = json.loads((tmp_path / "new" / "labels.json").read_bytes())
     assert labels == example_to_export()["labels"]
     assert prompt.training
@@ -405,6 +405,15 @@ def test_a_local_backbone_is_exported_with_its_whole_path(tmp_path, monkeypatch)
         formats.export_peft(folder, xpe.SoftPrompt(H), make_head(), example_to_export(name))
         settings = xpe.read_json(folder / "adapter_config.json")
         assert settings["base_model_name_or_path"] == str(path.resolve())
+
+
+@pytest.mark.parametrize("revision, exported", [("c0ffee", "c0ffee"), ("local", None)])
+def test_an_export_names_the_commit_of_its_backbone(tmp_path, revision, exported):
+    """Catches: a prompt made for one commit that peft puts before whatever main is today."""
+    meta = example_to_export()
+    meta["backbone"]["revision"] = revision
+    formats.export_peft(tmp_path / "new", xpe.SoftPrompt(H), make_head(), meta)
+    assert xpe.read_json(tmp_path / "new" / "adapter_config.json")["revision"] == exported
 
 
 def test_what_cannot_be_exported(tmp_path):

@@ -330,7 +330,9 @@ def test_scores_of_a_prompt_that_is_gone_go_with_it(world, tmp_path):
     run = tmp_path / "xpe-two-s11"
     before = (run / "test.json").read_text()
     (run / "prompt.json").unlink()
-    (run / "test.json").write_text(before.replace('"run"', '"old"'))
+    unscored = ["--set", "evaluate.after_training=false", "--resume"]
+    assert train.main([*arguments, *unscored]) == 0
+    assert not list(run.glob("test*"))
     assert train.main([*arguments, "--resume"]) == 0
     assert (run / "test.json").read_text() == before
 
@@ -597,11 +599,24 @@ def test_too_many_learners_at_once_say_which_setting_to_lower(world, tmp_path, m
         raise error
     with monkeypatch.context() as patch:
         patch.setattr(xpe.ClassificationHead, "forward", forward)
-        message = "out of memory with 3 learners of 4 sentences: lower train.learners_at_once"
+        message = ("out of memory with 3 learners of 4 sentences: lower train.learners_at_once, "
+                   "train.batch_size or evaluate.tokens")
         with pytest.raises(ValueError, match=message):
             train.main(command(world, tmp_path))
     arguments = ["--steps", "4", "--resume", "--set", "train.learners_at_once=2"]
     assert train.main(command(world, tmp_path, *arguments)) == 0
+
+
+def test_what_to_lower_when_memory_runs_out(tmp_path):
+    """Catches: advice that has no effect: one learner, or a pass that its checkpoint holds
+    together."""
+    learners = [train.Learner(tmp_path / name, 1, [], {}) for name in ("a", "b")]
+    names = "train.batch_size or evaluate.tokens"
+    assert train.memory_settings(train.Pass(learners[:1])) == names
+    assert train.memory_settings(train.Pass(learners)) == f"train.learners_at_once, {names}"
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "checkpoint.pt").write_bytes(b"")
+    assert "and remove" in train.memory_settings(train.Pass(learners))
 
 
 # ---- Real processes: signals and kills ----------------------------------------------------------

@@ -816,15 +816,16 @@ def test_adaptation_takes_the_seed_and_kind_of_its_source(world, source_run, pas
     assert content_of(source_run) == before
 
 
-def test_a_run_of_any_name_can_be_adapted(world, source_run, tmp_path):
+@pytest.mark.parametrize("name", ["a b@seed-03", "12:30", ".r"])
+def test_a_run_of_any_name_can_be_adapted(world, source_run, tmp_path, name):
     """Catches: a folder's name, as the hub's branches make it, that the run's own pass.json may not
     hold, so that training dies at its first checkpoint."""
-    source = tmp_path / "a b@seed-03"
+    source = tmp_path / name
     shutil.copytree(source_run, source)
     arguments = command(world, tmp_path / "out", "--adapt", source, "--languages", "ccc_Latn",
                         "--set", "adapt.steps=2")
     assert train.main(arguments) == 0
-    meta = xpe.load_prompt(tmp_path / "out" / "a b@seed-03-to-ccc_Latn-s12")[2]
+    meta = xpe.load_prompt(tmp_path / "out" / f"{name}-to-ccc_Latn-s12")[2]
     assert meta["training"]["stopped"] == "all steps"
 
 
