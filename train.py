@@ -1030,9 +1030,9 @@ def clear_passes(learners):
             # a companion may have started over with others since
             same_pass = all(names_in_pass(folder) in (names, [folder.name]) for folder in folders)
             if same_pass and all(is_over(folder) for folder in folders):
-                for folder in folders:
-                    (folder / "pass.json").unlink(missing_ok=True)
+                for folder in folders:          # pass.json last: after a kill it leads here again
                     (folder / "checkpoint.pt").unlink(missing_ok=True)
+                    (folder / "pass.json").unlink(missing_ok=True)
 
 
 def start_folders(learners, job):
