@@ -13,9 +13,10 @@ a corpus's; the backbone's weights are random, which changes no speed.
     python bench.py
     python bench.py --size large --data Davlan/sib200 --tokenizer FacebookAI/xlm-roberta-large
 
-A CPU without bf16 instructions (AMD EPYC, AVX2), one thread, float32, sdpa; texts of SIB-200 in
-12,000 word pieces; torch 2.13, transformers 5.23, micm-nlp 0.5.1. A step is one of one learner,
-padding a share of the texts' positions. On a machine with nothing else to do:
+A CPU without bf16 instructions (AMD EPYC, AVX2), one thread, float32, sdpa; torch 2.13,
+transformers 5.23, micm-nlp 0.5.1. With the options shown and `--data sib200/data --tokenizer DIR`:
+texts of SIB-200 in 12,000 word pieces (a tokenizer that is not shipped). A step is one of one
+learner, padding a share of the texts' positions. On a machine with nothing else to do:
 
     --size tiny --learners 1,10 --steps 20 --turns 5
                   steps/s  sentences/s  of floor  x toolkit  padding
@@ -27,7 +28,8 @@ padding a share of the texts' positions. On a machine with nothing else to do:
     evaluation          -          319      1.37          -     0.5%
     its floor           -          234         -          -     0.0%
 
-While other programs were running (when tiny gave 1.26 and 1.41 for K = 1, 1.44 and 1.37 for 10):
+While other programs were running (tiny x 1 was then 1.26 of floor and 1.41 x toolkit, tiny x 10
+1.44 and 1.37):
 
     --size small --learners 1,10 --steps 10 --turns 5
     ours x 1         0.69           22      1.10       1.21     6.3%

@@ -6,12 +6,10 @@ import math
 import random
 import subprocess
 import sys
-from pathlib import Path
 from statistics import mean, stdev
 
 import numpy as np
 import pytest
-import yaml
 
 import false_alarms
 import report
@@ -603,25 +601,107 @@ def test_rare_families_share_a_strip():
 
 # ---- The results that the README quotes ----
 
-def test_the_readme_quotes_the_results():
-    """Would catch: a figure in the README or in report.csv that the runs' own files do not give."""
-    here = Path(report.__file__).parent
-    results = here / "sample" / "results"
-    groups = yaml.safe_load((here / "config.yaml").read_text(encoding="utf-8"))["groups"]
-    readme = (here / "README.md").read_text(encoding="utf-8")
-    with open(results / "report.csv", encoding="utf-8", newline="") as file:
-        lines = [line for line in csv.DictReader(file) if line["seeds"] == "5"]
-    assert {line["method"] for line in lines} == {"head", "spt", "xpe"}
+RESULTS = report.HERE / "sample" / "results"
+OF_SIB200 = 204                         # test sentences of a language; the results have a part
+
+
+def read_table(path):
+    """The lines of a csv file as dicts."""
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def resolved_targets(folder):
+    """{title: languages} of the columns of a report in sample/results."""
+    config = report.read_config()
+    titles = {title: report.resolve_group(config, names)
+              for title, names in config["targets"].items()}
+    columns = read_table(folder / "report.csv")[0]
+    return {title: codes for title, codes in titles.items() if title in columns}
+
+
+def groups_of(line, titles, config):
+    """The target groups without the sources of this line, and the sources."""
+    sources = report.resolve_group(config, line["source"])
+    groups = {title: [code for code in codes if code not in sources]
+              for title, codes in titles.items()}
+    return {"Sources": sources, **groups}
+
+
+def measured_lines(folder):
+    """The lines of a report that are means over runs of ours, not published."""
+    return [line for line in read_table(folder / "report.csv")
+            if line["method"] and "e5" in line["table"]]
+
+
+@pytest.mark.parametrize("name", ["joshi5"])
+def test_the_shipped_tables_follow_from_the_shipped_scores(name):
+    """Would catch: a mean or deviation that the runs' own test.csv do not give."""
+    folder = RESULTS / name
+    config = report.read_config()
+    titles = resolved_targets(folder)
+    lines = measured_lines(folder)
+    assert len(lines) == {"joshi5": 5, "sources": 4}[name]
     for line in lines:
-        for title, group in (("Sources", "joshi5"), ("Low-performing", "low_performing")):
-            means = []
-            for folder in sorted(results.glob(f"{line['method']}-joshi5-s*")):
-                with open(folder / "test.csv", encoding="utf-8", newline="") as file:
-                    accuracy = {row["language"]: float(row["accuracy"])
-                                for row in csv.DictReader(file)}
-                means.append(sum(accuracy[code] for code in groups[group]) / len(groups[group]))
-            assert len(means) == 5
-            average, deviation = mean(means), stdev(means)
-            assert float(line[title]) == pytest.approx(average, abs=1e-3)
-            assert float(line[f"{title} std"]) == pytest.approx(deviation, abs=1e-3)
-            assert f"{average:.1f} ± {deviation:.1f}" in readme.replace("*", "")
+        scores = []
+        for path in sorted(folder.glob(f"{line['method']}-{line['source']}-s*/test.csv")):
+            scores.append({row["language"]: float(row["accuracy"]) for row in read_table(path)})
+        assert len(scores) == int(line["seeds"])
+        for title, codes in groups_of(line, titles, config).items():
+            if not line[title]:
+                continue
+            means = [mean(of_run[code] for code in codes if code in of_run) for of_run in scores]
+            assert float(line[title]) == pytest.approx(mean(means), abs=1e-3)
+            assert float(line[f"{title} std"]) == pytest.approx(stdev(means), abs=1e-3)
+
+
+def read_right(method, languages):
+    """sample/results/joshi5 -> ({language: hits (S, I)}, {language: numbers of the sentences}).
+
+    right.csv holds a 1 for each right answer, of every second or every sixth sentence.
+    """
+    hits = {code: [] for code in languages}
+    for path in sorted((RESULTS / "joshi5").glob(f"{method}-joshi5-s*/right.csv")):
+        for line in read_table(path):
+            if line["language"] in hits:
+                hits[line["language"]].append([int(digit) for digit in line["right"]])
+    hits = {code: np.array(rows, dtype=float) for code, rows in hits.items()}
+    ids = {}
+    for code, rows in hits.items():
+        step = OF_SIB200 // rows.shape[1]
+        ids[code] = [f"{number:03}" for number in range(0, OF_SIB200, step)]
+    return hits, ids
+
+
+@pytest.mark.parametrize("name, a, b", [("joshi5", "xpe", "spt"), ("joshi5/head", "xpe", "head")])
+def test_the_shipped_intervals_follow_from_the_shipped_answers(name, a, b):
+    """Would catch: an interval that cannot be had again from what is in the repository."""
+    titles = resolved_targets(RESULTS / name)
+    lines = [line for line in read_table(RESULTS / name / "report.csv") if line["group"]]
+    groups = groups_of({"source": "joshi5"}, titles, report.read_config())
+    assert [line["group"] for line in lines] == list(groups)
+    for line in lines:
+        codes = groups[line["group"]]
+        means = []
+        for method in (a, b):
+            hits, ids = read_right(method, codes)
+            assert all(len(rows) == 5 for rows in hits.values())
+            means.append(report.average_languages(hits, ids, codes))
+        expected = report.interval(*report.estimate_difference(*means))
+        for key, value in expected.items():
+            assert float(line[key]) == pytest.approx(value, abs=1e-6)
+
+
+def test_the_readme_quotes_the_results():
+    """Would catch: a figure in the README that is no longer that of the results."""
+    readme = (report.HERE / "README.md").read_text(encoding="utf-8")
+    readme = " ".join(readme.replace("*", "").split())
+    for line in measured_lines(RESULTS / "joshi5"):
+        for title in ("Sources", "Low-performing", "Unseen", "Seen w/o Joshi5"):
+            quoted = f"{float(line[title]):.1f} ± {float(line[f'{title} std']):.1f}"
+            assert quoted in readme, (line["method"], title)
+    for name in ("joshi5", "joshi5/head"):
+        for line in read_table(RESULTS / name / "report.csv"):
+            if line["group"] == "Low-performing":
+                low, high = float(line["low"]), float(line["high"])
+                assert f"{float(line['A - B']):+.1f} ({low:+.1f} to {high:+.1f})" in readme
