@@ -43,7 +43,7 @@ from tqdm import tqdm
 import xpe
 from backbone import (check_backbone, first_line, load_backbone, pick_attention, pick_device,
                       pick_precision, place, tokenizer_fingerprint)
-from config import dump_config, in_reach, read_config, resolve_group, warn
+from config import dump_config, in_reach, read_config, read_setting, resolve_group, warn
 from data import (SPLITS, Corpus, collate, encode, fingerprint, length_batches, locate, nearest,
                   run_main)
 from evaluate import Run, accuracy, first_position_only, method_name, predict, score_runs
@@ -764,6 +764,21 @@ def section_of(mode, adapt):
     return "full" if mode == "full" else "train"
 
 
+def check_overruled(settings, config, section):
+    """Raise ValueError for a `--set train.key=...` that would change nothing, since the section of
+    this mode has a value of its own for that key."""
+    if section == "train":
+        return
+    own = config[section]
+    for setting in settings:
+        for key in read_setting(setting).get("train", {}):
+            if key == "steps" and own.get("epochs"):
+                key = "epochs"          # they set the steps
+            if key in own:
+                raise ValueError(f"--set {setting}: here `{section}` has the last word, with {key} "
+                                 f"{own[key]}; --set {section}.{key}=... changes it")
+
+
 def settings_for(config, mode, adapt):
     """The `train` section as this mode has it, with the few values of other sections that the loop
     needs. Raises ValueError for numbers with which no step can be taken."""
@@ -830,6 +845,7 @@ def read_job(args):
         config["sources"] = group
     if args.steps is not None:
         config[section_of(mode, source)].update(steps=args.steps, epochs=0)
+    check_overruled(args.set, config, section_of(mode, source))
     cfg = settings_for(config, mode, source)
     for names in [*config["targets"].values(), *config["groups"]]:
         resolve_group(config, names)        # what is wrong with them is not to be told afterwards

@@ -519,6 +519,9 @@ BAD_COMMAND_LINES = [
     (["--mode", "xpe", "--seeds", "11,11"], "names a seed twice"),
     (["--mode", "xpe", "--data", "/nowhere"], "data.name: '/nowhere' is neither a folder nor"),
     (["--mode", "xpe", "--set", "train.batch_size=0"], "train.batch_size must be at least 1"),
+    (["--mode", "full", "--set", "train.rate=0.1"],
+     "train.rate=0.1: here `full` has the last word, with rate 0.003; --set full.rate="),
+    (["--mode", "full", "--set", "train.steps=5"], "`full` has the last word, with epochs 3"),
     (["--mode", "xpe", "--set", "train.stepz=5"], r"'train.stepz' \(did you mean steps"),
     (["--mode", "xpe", "--device", "gpu"], "--device gpu"),
     (["--adapt", "/no/where"], "/no/where: no such run folder")]
@@ -850,6 +853,7 @@ def test_targets_that_contain_themselves_are_told_before_training(world, tmp_pat
 
 @pytest.mark.parametrize("change, message", [
     (["--languages", ""], "--adapt needs its target languages"),
+    (["--set", "train.patience=3"], "`adapt` has the last word, with patience 0; --set adapt.pat"),
     (["--mode", "spt"], "is a xpe run and cannot be adapted as spt"),
     (["--mode", "dual", "--ratio", "0.3"], "cannot be adapted as dual")])
 def test_adaptations_that_make_no_sense(world, source_run, tmp_path, capsys, change, message):
