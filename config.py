@@ -347,7 +347,7 @@ def expand_names(names, groups, inside, known):
 
 def expand_name(name, groups, inside, known):
     """The codes of one group, or of one language."""
-    if name not in groups:
+    if name not in groups or groups[name] == [name]:
         return [name]
     if inside and name == inside[-1]:
         raise ValueError(f"groups.{name} lists {name!r}, which is the group itself: a group cannot "
@@ -362,3 +362,8 @@ def expand_name(name, groups, inside, known):
             members = [members]
         known[name] = expand_names(members, groups, (*inside, name), known)
     return known[name]
+
+
+def resolve_targets(config):
+    """The columns of the tables -> {title: codes}."""
+    return {title: resolve_group(config, names) for title, names in config["targets"].items()}

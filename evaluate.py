@@ -566,6 +566,9 @@ def score_runs(runs, split="test", languages=None, device=None, amp="auto", out=
             if not again and folders[scores.run]:
                 scores.lines = read_scores(scores, folders[scores.run])
         to_compute = [scores for scores in prepared if not scores.lines]
+        for scores in to_compute:
+            if not again and folders[scores.run]:
+                check_nothing_is_lost(scores, folders[scores.run])
         if to_compute:
             fill_group(to_compute, device, amp)
         for scores in prepared:
@@ -703,6 +706,22 @@ def read_scores(scores, folder):
     except (ValueError, KeyError, TypeError):       # damaged: scored anew
         return []
     return lines
+
+
+def check_nothing_is_lost(scores, folder):
+    """Raise ValueError if there are scores of languages that are not to be scored now."""
+    path = folder / f"{scores.split}.csv"
+    if not path.is_file():
+        return
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            there = {fields["language"] for fields in csv.DictReader(file)}
+    except (ValueError, KeyError, csv.Error):       # damaged: nothing to lose
+        return
+    lost = sorted(there - {language for language, _ in scores.sentences})
+    if lost:
+        raise ValueError(f"{path}: has scores of {shorten_list(lost)}, which would be lost; --out "
+                         f"names another folder, --again writes over them")
 
 
 def table(run, lines, every_language=True):
@@ -868,6 +887,18 @@ def check_arguments(args):
                          "first: evaluate.py RUN --text \"Your sentence\"")
     if not args.runs:
         raise ValueError("RUN is missing: name one or more run folders, runs/* say")
+    if args.text is not None and args.export:
+        raise ValueError("--text and --export: one of them")
+    if args.text is None and not args.export:
+        return
+    given = {"--out": args.out, "--again": args.again, "--languages": args.languages,
+             "--groups": args.groups, "--backbone": args.backbone if args.export else None}
+    given = [name for name, value in given.items() if value]
+    if given:
+        what = "--export, which writes the run as it is"
+        if args.text is not None:
+            what = "--text, which scores nothing"
+        raise ValueError(f"{', '.join(given)}: not with {what}")
 
 
 def main(argv=None):

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import HERE, in_reach, read_config, resolve_group, warn
+from config import HERE, in_reach, read_config, resolve_group, resolve_targets, warn
 from data import SPLITS, nearest, read_text, run_main
 from evaluate import accuracy, group_means, method_name, shorten_list, to_csv, why_no_run
 from xpe import read_json, write_atomically
@@ -158,20 +158,43 @@ def find_folders(arguments, notes):
     return list(folders.values())
 
 
-def read_groups(folders, notes):
-    """The configuration whose groups and targets hold: that of the first run that has one."""
+def read_groups(folders, split, notes):
+    """The configuration whose groups and targets hold: that of the first scored run that has one.
+    Notes the runs that lack one, or have other targets in it."""
     saved = [folder / "config.yaml" for folder in folders]
     saved = [path for path in saved if path.is_file()]
+    scored = [path for path in saved if (path.parent / f"{split}.csv").is_file()]
     origin = HERE / "config.yaml"
-    if saved:
-        origin = saved[0]
-    config = read_config(origin)
+    if scored:
+        origin = scored[0]
     for folder in folders:
         is_run = (folder / "prompt.json").is_file()
         if is_run and folder / "config.yaml" not in saved:
             notes.append(f"{folder}: config.yaml is missing, so groups of its own are not known; "
                          f"groups and targets are those of {origin}")
+    config = read_config(origin)
+    same = {origin.read_bytes()}            # seeds of one command have the same bytes
+    others = []
+    for path in scored:
+        content = path.read_bytes()
+        if content in same:
+            continue
+        if has_other_targets(path, config):
+            others.append(str(path.parent))
+        else:
+            same.add(content)
+    if others:
+        notes.append(f"{shorten_list(others)}: config.yaml has other targets there; the columns "
+                     f"are those of {origin}")
     return config
+
+
+def has_other_targets(path, config):
+    """True if a run's config.yaml has other columns than `config`; of a damaged one nobody knows."""
+    try:
+        return resolve_targets(read_config(path)) != resolve_targets(config)
+    except ValueError:
+        return False
 
 
 def read_meta(folder):
@@ -1192,7 +1215,7 @@ def check_plot(args):
         raise ValueError("--plot needs matplotlib: pip install matplotlib")
 
 
-def resolve_targets(config, leave_out):
+def write_targets_out(config, leave_out):
     """Write each target group in `config` as its list of languages -> {group: its title}."""
     titles = {}
     for title, names in config["targets"].items():
@@ -1243,12 +1266,12 @@ def main(argv=None):
     check_plot(args)
     notes = []
     folders = find_folders(args.runs, notes)
-    config = read_groups(folders, notes)
+    config = read_groups(folders, args.split, notes)
     runs, gold = read_runs(folders, args.split, config, notes)
     backbone = check_one_backbone(runs, notes)
     leave_out = [code.strip() for code in args.leave_out.split(",") if code.strip()]
     leave_languages_out(leave_out, runs, gold, notes)
-    titles = resolve_targets(config, leave_out)
+    titles = write_targets_out(config, leave_out)
     trained_on_arabic = any("arb_Arab" in run.sources for run in runs)
     present = "ars_Arab" in gold and "ars_Arab" not in leave_out
     if trained_on_arabic and present and args.split == "test":

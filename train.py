@@ -43,7 +43,8 @@ from tqdm import tqdm
 import xpe
 from backbone import (check_backbone, first_line, load_backbone, pick_attention, pick_device,
                       pick_precision, place, tokenizer_fingerprint)
-from config import dump_config, in_reach, read_config, read_setting, resolve_group, warn
+from config import (dump_config, in_reach, read_config, read_setting, resolve_group,
+                    resolve_targets, warn)
 from data import (SPLITS, Corpus, collate, encode, fingerprint, length_batches, locate, nearest,
                   run_main)
 from evaluate import Run, accuracy, first_position_only, method_name, predict, score_runs
@@ -59,6 +60,9 @@ warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
 # Settings for the memory that there is: --resume may change them, but a pass that has a checkpoint
 # keeps its learners. (Other company in a pass means other dropout, but the same recipe.)
 MEMORY_SETTINGS = ("learners_at_once", "tokens")
+# Settings of the section `prompt` that do nothing: see xpe.py
+UNUSED_BY_ENCODER = {"mlp": ("heads",), "lstm": ("heads",), "attention": ("layers",),
+                     "none": ("hidden", "layers", "dropout", "heads")}
 DIVERGED = "diverged.txt"
 
 
@@ -341,8 +345,10 @@ class Learner:
         """Write the best tensors as a prompt folder; without any, write why there are none."""
         progress = self.progress
         if progress.stopped.startswith("diverged"):
-            section = "full" if self.meta["kind"] == "full" else "train"
+            section = section_of(self.meta["kind"], "adapted_to" in self.meta)
             kept = f"nothing good to keep; lower {section}.rate"
+            if self.meta["kind"] != "full":
+                kept += " (standard_rate, encoded_rate: of the prompt's rows)"
             if self.best is not None:
                 kept = f"kept step {progress.best_step}"
             warn(f"{self.folder}: {progress.stopped}; {kept}")
@@ -764,19 +770,39 @@ def section_of(mode, adapt):
     return "full" if mode == "full" else "train"
 
 
-def check_overruled(settings, config, section):
-    """Raise ValueError for a `--set train.key=...` that would change nothing, since the section of
-    this mode has a value of its own for that key."""
-    if section == "train":
-        return
-    own = config[section]
-    for setting in settings:
-        for key in read_setting(setting).get("train", {}):
-            if key == "steps" and own.get("epochs"):
-                key = "epochs"          # they set the steps
-            if key in own:
-                raise ValueError(f"--set {setting}: here `{section}` has the last word, with {key} "
-                                 f"{own[key]}; --set {section}.{key}=... changes it")
+def check_settings_count(args, config, mode, source):
+    """Raise ValueError for a `--set` that would change nothing in this run: what was meant to be
+    tried would look as if it made no difference. Files may hold such settings, for other modes."""
+    for setting in args.set:
+        for section, values in read_setting(setting).items():
+            keys = values if isinstance(values, dict) else {}
+            for key in keys:
+                reason = why_unused(section, key, args, config, mode, source)
+                if reason:
+                    raise ValueError(f"--set {setting}: {reason}")
+
+
+def why_unused(section, key, args, config, mode, source):
+    """Why section.key would change nothing, or None."""
+    own = section_of(mode, source)
+    decides = config[own]
+    if section in ("train", own):
+        if key == "epochs" and args.steps is not None:
+            return "--steps sets the steps"
+        if key == "steps" and decides.get("epochs"):
+            return f"{own}.epochs {decides['epochs']} sets the steps; --steps goes before it"
+        if section != own and key in decides:
+            return (f"here `{own}` has the last word, with {key} {decides[key]}; "
+                    f"--set {own}.{key}=... changes it")
+    if source and (section == "prompt" or (section, key) == ("data", "max_length")):
+        instead = "; --set adapt.prompt_dropout=... while adapting" if key == "dropout" else ""
+        return f"--adapt {args.adapt} goes on with the prompt as it was trained{instead}"
+    if section == "prompt" and key == "ratio" and mode != "dual":
+        return "goes with --mode dual"
+    encoder = config["prompt"]["encoder"]
+    if section == "prompt" and mode in ("xpe", "dual") and key in UNUSED_BY_ENCODER[encoder]:
+        return f"the encoder {encoder!r} does not use it"
+    return None
 
 
 def settings_for(config, mode, adapt):
@@ -810,8 +836,9 @@ def pick_languages(args, config):
     return group, languages
 
 
-def check_mode(args, mode, source, ratio):
+def check_mode(args, config, mode, source):
     """Raise ValueError for options that do not go together."""
+    ratio = config["prompt"]["ratio"]
     if not mode:
         raise ValueError(f"--mode is missing: {', '.join(xpe.KINDS)}")
     if source and source.meta["kind"] == "full":
@@ -821,10 +848,17 @@ def check_mode(args, mode, source, ratio):
                          f"adapted as {mode}")
     if source and not args.group and not args.languages:
         raise ValueError("--adapt needs its target languages: --group NAME or --languages CODES")
+    if args.group and args.languages:
+        raise ValueError(f"--group {args.group} and --languages {args.languages}: one of them")
     if args.ratio is not None and (mode != "dual" or source):
         raise ValueError(f"--ratio {args.ratio}: goes with --mode dual, and not with --adapt")
     if mode == "dual" and not 0 < ratio < 1:
         raise ValueError(f"--ratio {ratio}: DUAL needs a share between 0 and 1 (prompt.ratio)")
+    length = config["prompt"]["length"]
+    if mode == "dual" and not source:
+        rows = xpe.count_encoded_rows(length, ratio)
+        if abs(rows - ratio * length) > 0.01:
+            warn(f"--ratio {ratio}: {rows} of {length} prompt rows are encoded")
 
 
 def read_job(args):
@@ -839,14 +873,17 @@ def read_job(args):
     if source:
         source.config = config      # it is scored with the data and backbone of this command
         mode = mode or source.meta["kind"]
-    check_mode(args, mode, source, config["prompt"]["ratio"])
+    check_mode(args, config, mode, source)
     group, languages = pick_languages(args, config)
-    if args.group and not source:
+    if not source:                      # so that the run's config.yaml trains the same again
         config["sources"] = group
+        if args.languages:
+            config["groups"][group] = languages
     if args.steps is not None:
         config[section_of(mode, source)].update(steps=args.steps, epochs=0)
-    check_overruled(args.set, config, section_of(mode, source))
+    check_settings_count(args, config, mode, source)
     cfg = settings_for(config, mode, source)
+    config["train"]["frozen_weights"] = cfg["frozen_weights"]       # it is scored as it was trained
     for names in [*config["targets"].values(), *config["groups"]]:
         resolve_group(config, names)        # what is wrong with them is not to be told afterwards
     xpe.check_size("data.max_length", config["data"]["max_length"], smallest=2, largest=1 << 20)
@@ -861,7 +898,7 @@ def read_job(args):
         check_test_split(corpus, languages if source else with_test_split(corpus))
 
     reads, max_length = config["prompt"]["reads"], config["data"]["max_length"]
-    if mode == "full":
+    if mode == "full" and reads == "prompt":
         reads = "first"             # there is no prompt: position 0 is <s>
     if source:
         reads, max_length = source.meta["reads"], source.meta["max_length"]
@@ -1023,6 +1060,7 @@ def run_pass(work, job, backbone, tokenizer, device, resume, quiet):
     print(f"{job.mode}: {len(learners)} x {count:,} trainable numbers; "
           f"{len(learners[0].task.lengths):,} sentences of {job.group}; {device.type}, "
           f"{precision}", flush=True)
+    print(describe_recipe(learners[0], cfg, steps), flush=True)
     finished = True
     learners = finish_stopped(learners)     # a crash may have come between checkpoint and result
     if learners:
@@ -1030,6 +1068,24 @@ def run_pass(work, job, backbone, tokenizer, device, resume, quiet):
         finished = train(learners, model, autocast, cfg, pad_id, device, start, quiet)
     clear_passes(work.learners)
     return finished
+
+
+def describe_recipe(learner, cfg, steps):
+    """Steps, optimizer and the rates in use, as one line: which section of the configuration has
+    the last word depends on the mode."""
+    batch = f"{cfg['batch_size']}"
+    if cfg["accumulate"] > 1:
+        batch = f"{cfg['accumulate']} x {batch}"
+    moving = [name for name, p in learner.modules().named_parameters() if p.requires_grad]
+    rates = []
+    if "prompt.standard" in moving:
+        rates.append(f"standard rows {cfg['standard_rate']:g}")
+    if "prompt.encoded" in moving:
+        rates.append(f"encoded rows {cfg['encoded_rate']:g}")
+    text = f"rate {cfg['rate']:g}"
+    if rates:
+        text = f"rates: {', '.join(rates)}, the rest {cfg['rate']:g}"
+    return f"{steps:,} steps of {batch} sentences, {cfg['optimizer']}, {cfg['schedule']}; {text}"
 
 
 def clear_passes(learners):
@@ -1105,11 +1161,15 @@ def memory_settings(work):
     return advice
 
 
-def check_folders(learners, resume):
+def check_folders(learners, config, resume):
     """Say what is over already. Raises FileExistsError for a folder that would be written over."""
+    targets = resolve_targets(config)
     for learner in learners:
         if learner.folder.exists() and not resume:
             raise already_there(learner.folder)
+        saved = learner.folder / "config.yaml"
+        if saved.is_file() and resolve_targets(read_config(saved)) != targets:
+            warn(f"{saved}: has other targets or groups, and keeps them; edit that file")
         diverged = learner.folder / DIVERGED
         if saved_training(learner.folder) is not None:
             print(f"{learner.folder}: finished already")
@@ -1130,7 +1190,7 @@ def main(argv=None):
     job.cfg["amp"] = pick_precision(job.cfg["amp"], device)
     # torchrun: each process trains its share, and none needs the others
     learners = make_learners(job, seeds, args.out)[rank::world_size]
-    check_folders(learners, args.resume)
+    check_folders(learners, job.config, args.resume)
 
     settings = job.config["backbone"]
     attention = pick_attention(settings["attention"], device, job.cfg["amp"])
@@ -1141,7 +1201,7 @@ def main(argv=None):
     check_source_backbone(job, identity)
     fit_max_length(job, backbone)
     describe_learners(learners, job, tokenizer, identity)
-    if job.reads == "prompt" or job.mode == "full":     # the head reads position 0
+    if job.reads == "prompt" or (job.reads == "first" and job.mode == "full"):    # position 0
         backbone = first_position_only(backbone)
     for learner in learners:
         training = saved_training(learner.folder)

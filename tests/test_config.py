@@ -312,9 +312,10 @@ def test_an_exclusion_that_excludes_nothing(names, message):
 
 
 def test_a_group_called_like_its_language():
-    """Catches: endless recursion, or words that do not say what to do, for `deu: [deu]`."""
+    """Catches: endless recursion, or words that do not say what to do, for `deu: [deu, nld]`."""
+    assert resolve_group({"groups": {"deu": ["deu"]}}, "deu") == ["deu"]    # `--languages deu`
     with pytest.raises(ValueError, match="groups.deu lists 'deu', .* the group itself: .*my_deu"):
-        resolve_group({"groups": {"deu": ["deu"]}}, "deu")
+        resolve_group({"groups": {"deu": ["deu", "nld"]}}, "deu")
     with pytest.raises(ValueError, match="groups.a contains itself, by way of b"):
         resolve_group({"groups": {"a": ["b"], "b": ["a"]}}, "a")
 

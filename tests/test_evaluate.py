@@ -402,6 +402,25 @@ def test_some_languages_are_shown_and_not_written(run, capsys):
     assert "42 sentences of 2 languages" in capsys.readouterr().out
 
 
+def test_scores_of_other_languages_are_not_lost(run, tmp_path, no_loading):
+    """Catches: hours of scores written over by those of one more language."""
+    folder = tmp_path / "out" / run.name
+    folder.mkdir(parents=True)
+    (folder / "test.csv").write_text("language,n,accuracy\naaa_Latn,9,1.0\nbbb_Latn,9,1.0\n")
+    with pytest.raises(ValueError, match="has scores of aaa_Latn, which would be lost; --out name"):
+        main(run, "--languages", "bbb_Latn,ccc_Latn", "--out", tmp_path / "out")
+
+
+def test_other_languages_may_be_written_over_when_asked(run, tmp_path):
+    """Catches: no way out of the refusal; a damaged file that refuses, too."""
+    folder = tmp_path / "out" / run.name
+    for wanted in (["bbb_Latn"], ["ccc_Latn", "--again"]):
+        main(run, "--out", tmp_path / "out", "--languages", *wanted)
+        assert [line["language"] for line in read_csv(folder / "test.csv")] == wanted[:1]
+    (folder / "test.csv").write_bytes(b"\xff\x00language")
+    main(run, "--out", tmp_path / "out", "--languages", "bbb_Latn")
+
+
 def test_scored_runs_are_not_computed_again(world, run, tmp_path, capsys, monkeypatch):
     """Catches: hours for scores that are there; old scores shown for a new prompt or new data."""
     main(run)
@@ -760,6 +779,9 @@ def test_texts_that_were_cut_are_told(world, tmp_path, capsys):
     (["RUN", "--languages=-ccc_Latn"], "no language '-ccc_Latn'"),
     (["RUN", "--export", "onnx", "x"], "--export takes one RUN, the word peft and a new folder"),
     (["RUN", "--data", "/no/where"], "data.name: '/no/where' is neither a folder nor"),
+    (["RUN", "--out", "x", "--again", "--text", "hi"], "--out, --again: not with --text, which sc"),
+    (["RUN", "--export", "peft", "x", "--backbone", "b"], "--backbone: not with --export, which"),
+    (["RUN", "--export", "peft", "x", "--text", "hi"], "--text and --export: one of them"),
 ])
 def test_bad_command_lines(arguments, message, run, no_loading):
     """Catches: a traceback, a message without the way out, an error after loading the backbone."""

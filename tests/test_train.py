@@ -28,7 +28,7 @@ import data
 import evaluate
 import train
 import xpe
-from config import read_config, read_yaml
+from config import read_config, read_yaml, resolve_group
 from helpers import run_script, tiny
 from robust_helpers import (HERE, at_step, command, content_of, listen_to_ctrl_c, make_world,
                             read_log, remember_default_config, watch_steps)
@@ -519,15 +519,30 @@ BAD_COMMAND_LINES = [
     (["--mode", "xpe", "--seeds", "11,11"], "names a seed twice"),
     (["--mode", "xpe", "--data", "/nowhere"], "data.name: '/nowhere' is neither a folder nor"),
     (["--mode", "xpe", "--set", "train.batch_size=0"], "train.batch_size must be at least 1"),
-    (["--mode", "full", "--set", "train.rate=0.1"],
-     "train.rate=0.1: here `full` has the last word, with rate 0.003; --set full.rate="),
-    (["--mode", "full", "--set", "train.steps=5"], "`full` has the last word, with epochs 3"),
     (["--mode", "xpe", "--set", "train.stepz=5"], r"'train.stepz' \(did you mean steps"),
+    (["--mode", "xpe", "--group", "others", "--languages", "aaa_Latn"], "--languages .*: one of"),
     (["--mode", "xpe", "--device", "gpu"], "--device gpu"),
     (["--adapt", "/no/where"], "/no/where: no such run folder")]
 
 
-@pytest.mark.parametrize("argv, message", BAD_COMMAND_LINES)
+# A setting without effect would look like one that makes no difference.
+UNUSED_SETTINGS = [
+    (["--mode", "full", "--set", "train.rate=0.1"],
+     "train.rate=0.1: here `full` has the last word, with rate 0.003; --set full.rate="),
+    (["--mode", "full", "--set", "train.steps=5"], "full.epochs 3 sets the steps"),
+    (["--mode", "full", "--set", "full.steps=5"], "full.epochs 3 sets the steps"),
+    (["--mode", "xpe", "--set", "train.steps=5", "--set", "train.epochs=1"],
+     "train.steps=5: train.epochs 1 sets the steps"),
+    (["--mode", "xpe", "--steps", "5", "--set", "train={epochs: 1}"], "--steps sets the steps"),
+    (["--mode", "xpe", "--set", "prompt.ratio=0.3"], "prompt.ratio=0.3: goes with --mode dual"),
+    (["--mode", "xpe", "--set", "prompt.heads=2"], "'mlp' does not use it"),
+    (["--mode", "xpe", "--set", "prompt.encoder=attention", "--set", "prompt.layers=6"],
+     "prompt.layers=6: the encoder 'attention' does not use it"),
+    (["--mode", "xpe", "--set", "prompt.encoder=none", "--set", "prompt.dropout=0.5"],
+     "'none' does not use it")]
+
+
+@pytest.mark.parametrize("argv, message", [*BAD_COMMAND_LINES, *UNUSED_SETTINGS])
 def test_bad_command_lines(world, tmp_path, capsys, monkeypatch, argv, message):
     """Catches: a traceback, a status of 0, a run folder left behind by a run that could not
     start, a wait for the backbone before the error."""
@@ -645,6 +660,50 @@ def test_progress_of_several_seeds_is_named_as_means(world, tmp_path, capsys):
         assert float(best) == pytest.approx(np.mean([e["best"] for e in of_step]), abs=0.051)
     assert train.main(command(world, tmp_path, "--seeds", "21", "--steps", "4")) == 0
     assert "means" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mode, expected", [
+    (["--mode", "full"], "steps of 4 sentences, adamw, linear; rate 0.003$"),
+    (["--mode", "spt", "--set", "train.accumulate=2", "--steps", "2"],
+     "2 steps of 2 x 4 sentences, adafactor, cosine; rates: standard rows .*, the rest 0.03$"),
+    (["--mode", "dual", "--steps", "2"], "2 steps of 4 .*rates: standard .*, encoded .*, the rest"),
+    (["--mode", "head", "--steps", "2"], "; rate 0.03$")])
+def test_the_recipe_in_use_is_told(world, tmp_path, capsys, mode, expected):
+    """Catches: hours with a rate, a schedule or steps of a section that one did not think of."""
+    assert train.main(command(world, tmp_path, *mode, "--seeds", "11")) == 0
+    assert re.search(expected, capsys.readouterr().out, re.MULTILINE)
+
+
+def test_a_full_run_reads_what_is_asked_for(world, tmp_path):
+    """Catches: prompt.reads=mean without effect in one of the modes that are compared."""
+    for reads, kept in (("prompt", "first"), ("first", "first"), ("mean", "mean")):
+        arguments = command(world, tmp_path / reads, "--mode", "full", "--seeds", "11", "--steps",
+                            "2", "--set", f"prompt.reads={reads}", "--set",
+                            "evaluate.after_training=true")
+        assert train.main(arguments) == 0
+        folder = tmp_path / reads / "full-two-s11"
+        assert json.loads((folder / "prompt.json").read_text())["reads"] == kept
+    logs = [read_log(tmp_path / reads / "full-two-s11") for reads in ("prompt", "first", "mean")]
+    assert logs[0] == logs[1] != logs[2]
+
+
+def test_a_ratio_that_is_rounded_is_told(world, tmp_path, capsys):
+    """Catches: a sweep over ratios, some of which are the same prompt."""
+    assert train.main(command(world, tmp_path, "--mode", "dual", "--ratio", "0.6")) == 0
+    assert "--ratio 0.6: 2 of 4 prompt rows are encoded" in capsys.readouterr().err
+    assert train.main(command(world, tmp_path, "--mode", "dual", "--ratio", "0.5")) == 0
+    assert "prompt rows" not in capsys.readouterr().err
+
+
+def test_other_targets_with_resume_are_told(world, tmp_path, capsys):
+    """Catches: edited columns that the finished run does not get, in silence."""
+    arguments = ["--seeds", "11", "--steps", "2"]
+    assert train.main(command(world, tmp_path, *arguments)) == 0
+    assert train.main(command(world, tmp_path, *arguments, "--resume")) == 0
+    assert "other targets" not in capsys.readouterr().err
+    assert train.main(command(world, tmp_path, *arguments, "--resume", "--set",
+                              "targets.More=[ccc_Latn]")) == 0
+    assert "config.yaml: has other targets or groups, and keeps them" in capsys.readouterr().err
 
 
 def test_precision_is_resolved_told_and_stored(world, tmp_path, capsys, monkeypatch):
@@ -837,6 +896,12 @@ def test_the_saved_configuration_is_that_of_the_command(world, tmp_path):
     train.main(command(world, tmp_path, "--group", "others", "--seeds", "11", "--steps", "2"))
     saved = read_config(tmp_path / "xpe-others-s11" / "config.yaml")
     assert saved["train"]["steps"] == 2 and saved["sources"] == "others"
+    for codes in ("ccc_Latn", "aaa_Latn,ccc_Latn"):
+        train.main(command(world, tmp_path, "--languages", codes, "--seeds", "11", "--steps", "2"))
+        name = codes.replace(",", "+")
+        saved = read_config(tmp_path / f"xpe-{name}-s11" / "config.yaml")
+        assert saved["sources"] == name
+        assert resolve_group(saved, saved["sources"]) == codes.split(",")
     train.main(command(world, tmp_path, "--mode", "full", "--seeds", "11", "--steps", "1"))
     saved = read_config(tmp_path / "full-two-s11" / "config.yaml")
     assert train.settings_for(saved, "full", None)["steps"] == 1 and saved["full"]["epochs"] == 0
@@ -845,7 +910,8 @@ def test_the_saved_configuration_is_that_of_the_command(world, tmp_path):
 def test_targets_that_contain_themselves_are_told_before_training(world, tmp_path, capsys):
     """Catches: hours of training, and then a run that cannot be scored."""
     arguments = command(world, tmp_path / "out", "--seeds", "11", "--steps", "2", "--set",
-                        "groups.ccc_Latn=[ccc_Latn]", "--set", "targets.C=ccc_Latn")
+                        "groups.ccc_Latn=[aaa_Latn, ccc_Latn]", "--set",
+                        "targets.C=ccc_Latn")
     status, error = run_script(train.main, arguments, capsys)
     assert status == 2 and "groups.ccc_Latn lists 'ccc_Latn', which is the group itself" in error
     assert not (tmp_path / "out").exists()
@@ -854,6 +920,9 @@ def test_targets_that_contain_themselves_are_told_before_training(world, tmp_pat
 @pytest.mark.parametrize("change, message", [
     (["--languages", ""], "--adapt needs its target languages"),
     (["--set", "train.patience=3"], "`adapt` has the last word, with patience 0; --set adapt.pat"),
+    (["--set", "prompt.dropout=0.5"], "as it was trained; --set adapt.prompt_dropout"),
+    (["--set", "prompt.reads=mean"], "prompt.reads=mean: --adapt .* as it was trained"),
+    (["--set", "data.max_length=8"], "data.max_length=8: --adapt .* as it was trained"),
     (["--mode", "spt"], "is a xpe run and cannot be adapted as spt"),
     (["--mode", "dual", "--ratio", "0.3"], "cannot be adapted as dual")])
 def test_adaptations_that_make_no_sense(world, source_run, tmp_path, capsys, change, message):
