@@ -190,7 +190,7 @@ def read_groups(folders, split, notes):
 
 
 def has_other_targets(path, config):
-    """True if a run's config.yaml has other columns than `config`; of a damaged one nobody knows."""
+    """True if a run's config.yaml has other columns than `config`. A damaged one is not needed."""
     try:
         return resolve_targets(read_config(path)) != resolve_targets(config)
     except ValueError:
