@@ -367,3 +367,23 @@ def expand_name(name, groups, inside, known):
 def resolve_targets(config):
     """The columns of the tables -> {title: codes}."""
     return {title: resolve_group(config, names) for title, names in config["targets"].items()}
+
+
+def with_other_targets(paths, config):
+    """Those config.yaml files of runs, of `paths`, whose columns hold other languages than those of
+    `config`. Files that are missing or damaged do not count."""
+    columns = {title: set(codes) for title, codes in resolve_targets(config).items()}
+    differs = {}            # content -> verdict: seeds of one command have the same bytes
+    others = []
+    for path in paths:
+        try:
+            content = path.read_bytes()
+            if content not in differs:
+                saved = resolve_targets(read_config(path))
+                saved = {title: set(codes) for title, codes in saved.items()}
+                differs[content] = saved != columns
+        except (ValueError, OSError):
+            continue
+        if differs[content]:
+            others.append(path)
+    return others

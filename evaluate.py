@@ -39,7 +39,7 @@ from tqdm import tqdm
 import xpe
 from backbone import (check_backbone, load_backbone, pick_attention, pick_device, pick_precision,
                       place, tokenizer_fingerprint)
-from config import dump_config, read_config, resolve_group, warn
+from config import dump_config, read_config, resolve_group, resolve_targets, warn
 from data import (LABELS, SPLITS, Corpus, collate, download, encode, fingerprint, locate, nearest,
                   run_main, token_batches)
 
@@ -104,8 +104,8 @@ def group_means(scores, config, sources):
     and are taken out of every target group: they are not zero-shot.
     """
     groups = {"Sources": sources}
-    for title, names in config["targets"].items():
-        groups[title] = [code for code in resolve_group(config, names) if code not in sources]
+    for title, codes in resolve_targets(config).items():
+        groups[title] = [code for code in codes if code not in sources]
     means = {}
     for title, codes in groups.items():
         known = [scores[code] for code in codes if code in scores]
@@ -482,8 +482,8 @@ def warn_about_absent(runs, corpus, split):
         warn(f"{corpus.root}: without {split}.tsv, so not scored: {shorten_list(without)}")
     targets = []
     for run in runs:
-        for names in run.config["targets"].values():
-            targets += resolve_group(run.config, names)
+        for codes in resolve_targets(run.config).values():
+            targets += codes
     absent = [code for code in dict.fromkeys(targets) if code not in corpus.languages()]
     if absent:
         warn(f"{corpus.root}: lacks {len(absent)} of the target languages: {shorten_list(absent)}")
@@ -546,16 +546,20 @@ def score_runs(runs, split="test", languages=None, device=None, amp="auto", out=
     <split>.csv, .json and _predictions.csv to `out`/<name of the run>, by default to each run's own
     folder. If `languages` are given, or backbone or data are not the run's own, nothing is written
     unless `out` is given. again=False: a run with scores of the same prompt, data and backbone
-    (and precision, unless `amp` is auto) is shown, not computed. Raises OSError, before anything
-    is computed, for a folder that cannot be written to.
+    (and precision, unless `amp` is auto) is shown, not computed. Raises, before anything is
+    computed, OSError for a folder that cannot be written to and, with again=False, ValueError where
+    scores of other languages would be lost.
     """
     device = device or pick_device()
     if languages and show and not out:
         warn("languages are named, so nothing is written; --out FOLDER keeps the scores")
     folders = {run: result_folder(run, languages, out) for run in runs}
     check_folders([folder for folder in folders.values() if folder])
+    groups = group_runs(runs)
+    if not again:
+        check_nothing_is_lost(groups, folders, split, languages)
     lines_of = {}
-    for group in group_runs(runs):
+    for group in groups:
         start = time.time()
         for run in group:
             warn_about_sources(run, languages)
@@ -566,9 +570,6 @@ def score_runs(runs, split="test", languages=None, device=None, amp="auto", out=
             if not again and folders[scores.run]:
                 scores.lines = read_scores(scores, folders[scores.run])
         to_compute = [scores for scores in prepared if not scores.lines]
-        for scores in to_compute:
-            if not again and folders[scores.run]:
-                check_nothing_is_lost(scores, folders[scores.run])
         if to_compute:
             fill_group(to_compute, device, amp)
         for scores in prepared:
@@ -708,20 +709,28 @@ def read_scores(scores, folder):
     return lines
 
 
-def check_nothing_is_lost(scores, folder):
+def check_nothing_is_lost(groups, folders, split, languages):
     """Raise ValueError if there are scores of languages that are not to be scored now."""
-    path = folder / f"{scores.split}.csv"
-    if not path.is_file():
-        return
+    for group in groups:
+        corpus, _ = open_corpus(group[0])
+        for run in group:
+            if not folders[run]:
+                continue
+            path = folders[run] / f"{split}.csv"
+            wanted = choose_languages(run, corpus, split, languages)
+            lost = sorted(set(read_scored_languages(path)) - set(wanted))
+            if lost:
+                raise ValueError(f"{path}: has scores of {shorten_list(lost)}, which would be "
+                                 f"lost; --out names another folder, --again writes over them")
+
+
+def read_scored_languages(path):
+    """The codes in a <split>.csv; none if it is missing or damaged."""
     try:
-        with open(path, encoding="utf-8", newline="") as file:
-            there = {fields["language"] for fields in csv.DictReader(file)}
-    except (ValueError, KeyError, csv.Error):       # damaged: nothing to lose
-        return
-    lost = sorted(there - {language for language, _ in scores.sentences})
-    if lost:
-        raise ValueError(f"{path}: has scores of {shorten_list(lost)}, which would be lost; --out "
-                         f"names another folder, --again writes over them")
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            return [fields["language"] for fields in csv.DictReader(file)]
+    except (OSError, ValueError, KeyError, csv.Error):
+        return []
 
 
 def table(run, lines, every_language=True):
@@ -892,7 +901,8 @@ def check_arguments(args):
     if args.text is None and not args.export:
         return
     given = {"--out": args.out, "--again": args.again, "--languages": args.languages,
-             "--groups": args.groups, "--backbone": args.backbone if args.export else None}
+             "--groups": args.groups, "--split": args.split != "test",
+             "--backbone": args.backbone if args.export else None}
     given = [name for name, value in given.items() if value]
     if given:
         what = "--export, which writes the run as it is"

@@ -18,6 +18,7 @@ command. Letters: S seeds, I test sentences.
 import argparse
 import csv
 import io
+import re
 import shlex
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -26,7 +27,8 @@ from pathlib import Path
 
 import numpy as np
 
-from config import HERE, in_reach, read_config, resolve_group, resolve_targets, warn
+from config import (HERE, in_reach, read_config, resolve_group, resolve_targets, warn,
+                    with_other_targets)
 from data import SPLITS, nearest, read_text, run_main
 from evaluate import accuracy, group_means, method_name, shorten_list, to_csv, why_no_run
 from xpe import read_json, write_atomically
@@ -163,7 +165,8 @@ def read_groups(folders, split, notes):
     Notes the runs that lack one, or have other targets in it."""
     saved = [folder / "config.yaml" for folder in folders]
     saved = [path for path in saved if path.is_file()]
-    scored = [path for path in saved if (path.parent / f"{split}.csv").is_file()]
+    needed = ("prompt.json", f"{split}_predictions.csv")
+    scored = [path for path in saved if all((path.parent / name).is_file() for name in needed)]
     origin = HERE / "config.yaml"
     if scored:
         origin = scored[0]
@@ -173,28 +176,11 @@ def read_groups(folders, split, notes):
             notes.append(f"{folder}: config.yaml is missing, so groups of its own are not known; "
                          f"groups and targets are those of {origin}")
     config = read_config(origin)
-    same = {origin.read_bytes()}            # seeds of one command have the same bytes
-    others = []
-    for path in scored:
-        content = path.read_bytes()
-        if content in same:
-            continue
-        if has_other_targets(path, config):
-            others.append(str(path.parent))
-        else:
-            same.add(content)
+    others = [str(path.parent) for path in with_other_targets(scored, config)]
     if others:
         notes.append(f"{shorten_list(others)}: config.yaml has other targets there; the columns "
                      f"are those of {origin}")
     return config
-
-
-def has_other_targets(path, config):
-    """True if a run's config.yaml has other columns than `config`. A damaged one is not needed."""
-    try:
-        return resolve_targets(read_config(path)) != resolve_targets(config)
-    except ValueError:
-        return False
 
 
 def read_meta(folder):
@@ -281,6 +267,8 @@ def check_scores(folder, split, hits, scores):
 def name_sources(sources, config):
     """The name of the group that holds just these languages, or else their codes."""
     for name in config["groups"]:
+        if re.fullmatch(r"\d+-languages", name):       # of train.py --languages: says too little
+            continue
         try:
             codes = resolve_group(config, name)
         except ValueError:      # a group that nobody uses costs no report
@@ -1217,11 +1205,8 @@ def check_plot(args):
 
 def write_targets_out(config, leave_out):
     """Write each target group in `config` as its list of languages -> {group: its title}."""
-    titles = {}
-    for title, names in config["targets"].items():
-        if isinstance(names, str):
-            titles[names] = title
-        codes = resolve_group(config, names)
+    titles = {names: title for title, names in config["targets"].items() if isinstance(names, str)}
+    for title, codes in resolve_targets(config).items():
         config["targets"][title] = [code for code in codes if code not in leave_out]
     return titles
 

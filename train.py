@@ -44,7 +44,7 @@ import xpe
 from backbone import (check_backbone, first_line, load_backbone, pick_attention, pick_device,
                       pick_precision, place, tokenizer_fingerprint)
 from config import (dump_config, in_reach, read_config, read_setting, resolve_group,
-                    resolve_targets, warn)
+                    resolve_targets, warn, with_other_targets)
 from data import (SPLITS, Corpus, collate, encode, fingerprint, length_batches, locate, nearest,
                   run_main)
 from evaluate import Run, accuracy, first_position_only, method_name, predict, score_runs
@@ -177,7 +177,8 @@ class Learner:
             before = saved.get(key)
             if key in MEMORY_SETTINGS or (type(before) is type(value) and before == value):
                 continue
-            hint = f"; --set train.{key}={before}" if key in ("amp", "frozen_weights") else ""
+            section = section_of(self.meta["kind"], "adapted_to" in self.meta)
+            hint = f"; --set {section}.{key}={before}" if key in ("amp", "frozen_weights") else ""
             raise OtherSettings(f"{path}: {key} was {before!r}, not {value!r}: --resume goes on "
                                 f"with the same settings only{hint}")
 
@@ -347,7 +348,7 @@ class Learner:
         if progress.stopped.startswith("diverged"):
             section = section_of(self.meta["kind"], "adapted_to" in self.meta)
             kept = f"nothing good to keep; lower {section}.rate"
-            if self.meta["kind"] != "full":
+            if self.meta["kind"] not in ("full", "head"):
                 kept += " (standard_rate, encoded_rate: of the prompt's rows)"
             if self.best is not None:
                 kept = f"kept step {progress.best_step}"
@@ -770,37 +771,49 @@ def section_of(mode, adapt):
     return "full" if mode == "full" else "train"
 
 
-def check_settings_count(args, config, mode, source):
-    """Raise ValueError for a `--set` that would change nothing in this run: what was meant to be
-    tried would look as if it made no difference. Files may hold such settings, for other modes."""
+def check_overruled(args, config, mode, source):
+    """Raise ValueError for a `--set` whose value another one overrules: what was meant to be tried
+    would look as if it made no difference. Files may hold such settings, for other modes."""
     for setting in args.set:
         for section, values in read_setting(setting).items():
-            keys = values if isinstance(values, dict) else {}
-            for key in keys:
-                reason = why_unused(section, key, args, config, mode, source)
+            if not isinstance(values, dict):
+                continue
+            for key, value in values.items():
+                reason = None
+                if section in ("train", section_of(mode, source)):
+                    reason = what_overrules_training(section, key, value, args, config,
+                                                     section_of(mode, source))
+                elif section == "prompt" or (section, key) == ("data", "max_length"):
+                    reason = what_overrules_prompt(key, args, config, mode)
                 if reason:
-                    raise ValueError(f"--set {setting}: {reason}")
+                    raise ValueError(f"--set {setting}: {section}.{key} does nothing here: "
+                                     f"{reason}")
 
 
-def why_unused(section, key, args, config, mode, source):
-    """Why section.key would change nothing, or None."""
-    own = section_of(mode, source)
-    decides = config[own]
-    if section in ("train", own):
-        if key == "epochs" and args.steps is not None:
-            return "--steps sets the steps"
-        if key == "steps" and decides.get("epochs"):
-            return f"{own}.epochs {decides['epochs']} sets the steps; --steps goes before it"
-        if section != own and key in decides:
-            return (f"here `{own}` has the last word, with {key} {decides[key]}; "
-                    f"--set {own}.{key}=... changes it")
-    if source and (section == "prompt" or (section, key) == ("data", "max_length")):
+def what_overrules_training(section, key, value, args, config, own):
+    """Why section.key = value is not what this run is trained with, or None.
+
+    own: the section that has the last word, train itself, adapt or full.
+    """
+    if key in ("steps", "epochs") and args.steps is not None and value != 0:
+        return f"--steps {args.steps} overrides it"
+    epochs = config[own].get("epochs")
+    if key == "steps" and epochs:
+        return f"{own}.epochs {epochs} sets the steps; --steps overrides that"
+    if section != own and key in config[own] and value != config[own][key]:
+        return f"{own}.{key} {config[own][key]} has the last word; --set {own}.{key}=... changes it"
+    return None
+
+
+def what_overrules_prompt(key, args, config, mode):
+    """Why prompt.key, or data.max_length, has no effect on this run, or None."""
+    if args.adapt:
         instead = "; --set adapt.prompt_dropout=... while adapting" if key == "dropout" else ""
         return f"--adapt {args.adapt} goes on with the prompt as it was trained{instead}"
-    if section == "prompt" and key == "ratio" and mode != "dual":
-        return "goes with --mode dual"
+    if key == "ratio" and args.ratio is not None:
+        return f"--ratio {args.ratio} overrides it"
     encoder = config["prompt"]["encoder"]
-    if section == "prompt" and mode in ("xpe", "dual") and key in UNUSED_BY_ENCODER[encoder]:
+    if mode in ("xpe", "dual") and key in UNUSED_BY_ENCODER[encoder]:
         return f"the encoder {encoder!r} does not use it"
     return None
 
@@ -822,6 +835,10 @@ def pick_languages(args, config):
     if args.languages:
         languages = [code.strip() for code in args.languages.split(",")]
         group = "+".join(languages) if len(languages) < 4 else f"{len(languages)}-languages"
+        for code in languages:
+            if config["groups"].get(code, [code]) != [code]:
+                raise ValueError(f"--languages {args.languages}: {code} is a group in "
+                                 f"{args.sources}; --group {code}")
     else:
         group = args.group or config["sources"]
         if group not in config["groups"]:
@@ -875,22 +892,22 @@ def read_job(args):
         mode = mode or source.meta["kind"]
     check_mode(args, config, mode, source)
     group, languages = pick_languages(args, config)
-    if not source:                      # so that the run's config.yaml trains the same again
-        config["sources"] = group
-        if args.languages:
-            config["groups"][group] = languages
     if args.steps is not None:
         config[section_of(mode, source)].update(steps=args.steps, epochs=0)
-    check_settings_count(args, config, mode, source)
+    check_overruled(args, config, mode, source)
     cfg = settings_for(config, mode, source)
-    config["train"]["frozen_weights"] = cfg["frozen_weights"]       # it is scored as it was trained
-    for names in [*config["targets"].values(), *config["groups"]]:
-        resolve_group(config, names)        # what is wrong with them is not to be told afterwards
+    for name in config["groups"]:       # what is wrong with them is not to be told afterwards
+        resolve_group(config, name)
+    resolve_targets(config)
     xpe.check_size("data.max_length", config["data"]["max_length"], smallest=2, largest=1 << 20)
 
     folder, revision = locate(config["data"]["name"], config["data"]["revision"])
     corpus = Corpus(folder)
     corpus.check(languages)
+    if not source:                      # so that the run's config.yaml trains the same again
+        config["sources"] = group
+        if args.languages:
+            config["groups"][group] = languages
     if source and list(corpus.labels) != source.meta["labels"]:
         raise ValueError(f"{folder}: has the labels {', '.join(corpus.labels)}; {args.adapt} knows "
                          f"{', '.join(source.meta['labels'])}")
@@ -1073,7 +1090,7 @@ def run_pass(work, job, backbone, tokenizer, device, resume, quiet):
 def describe_recipe(learner, cfg, steps):
     """Steps, optimizer and the rates in use, as one line: which section of the configuration has
     the last word depends on the mode."""
-    batch = f"{cfg['batch_size']}"
+    batch = str(cfg["batch_size"])
     if cfg["accumulate"] > 1:
         batch = f"{cfg['accumulate']} x {batch}"
     moving = [name for name, p in learner.modules().named_parameters() if p.requires_grad]
@@ -1163,19 +1180,20 @@ def memory_settings(work):
 
 def check_folders(learners, config, resume):
     """Say what is over already. Raises FileExistsError for a folder that would be written over."""
-    targets = resolve_targets(config)
+    kept = []               # config.yaml files that stay as they are
     for learner in learners:
         if learner.folder.exists() and not resume:
             raise already_there(learner.folder)
-        saved = learner.folder / "config.yaml"
-        if saved.is_file() and resolve_targets(read_config(saved)) != targets:
-            warn(f"{saved}: has other targets or groups, and keeps them; edit that file")
         diverged = learner.folder / DIVERGED
         if saved_training(learner.folder) is not None:
             print(f"{learner.folder}: finished already")
         elif diverged.is_file():
             reason = diverged.read_text().strip()
             print(f"{learner.folder}: {reason}; remove the folder to try again")
+        if is_over(learner.folder) or checkpoint_path(learner.folder).is_file():
+            kept.append(learner.folder / "config.yaml")
+    for path in with_other_targets(kept, config):
+        warn(f"{path}: has other targets or groups, and keeps them; edit that file")
 
 
 def main(argv=None):

@@ -402,13 +402,14 @@ def test_some_languages_are_shown_and_not_written(run, capsys):
     assert "42 sentences of 2 languages" in capsys.readouterr().out
 
 
-def test_scores_of_other_languages_are_not_lost(run, tmp_path, no_loading):
+def test_scores_of_other_languages_are_not_lost(world, run, tmp_path, no_loading):
     """Catches: hours of scores written over by those of one more language."""
     folder = tmp_path / "out" / run.name
     folder.mkdir(parents=True)
     (folder / "test.csv").write_text("language,n,accuracy\naaa_Latn,9,1.0\nbbb_Latn,9,1.0\n")
+    other = write_run(tmp_path / "before", world)       # told before the first is computed
     with pytest.raises(ValueError, match="has scores of aaa_Latn, which would be lost; --out name"):
-        main(run, "--languages", "bbb_Latn,ccc_Latn", "--out", tmp_path / "out")
+        main(other, run, "--languages", "bbb_Latn,ccc_Latn", "--out", tmp_path / "out")
 
 
 def test_other_languages_may_be_written_over_when_asked(run, tmp_path):

@@ -526,23 +526,24 @@ BAD_COMMAND_LINES = [
 
 
 # A setting without effect would look like one that makes no difference.
-UNUSED_SETTINGS = [
-    (["--mode", "full", "--set", "train.rate=0.1"],
-     "train.rate=0.1: here `full` has the last word, with rate 0.003; --set full.rate="),
+OVERRULED_SETTINGS = [
+    (["--mode", "full", "--set", "train.rate=0.1"], "train.rate=0.1: train.rate does nothing here: "
+     "full.rate 0.003 has the last word; --set full.rate="),
     (["--mode", "full", "--set", "train.steps=5"], "full.epochs 3 sets the steps"),
     (["--mode", "full", "--set", "full.steps=5"], "full.epochs 3 sets the steps"),
     (["--mode", "xpe", "--set", "train.steps=5", "--set", "train.epochs=1"],
-     "train.steps=5: train.epochs 1 sets the steps"),
-    (["--mode", "xpe", "--steps", "5", "--set", "train={epochs: 1}"], "--steps sets the steps"),
-    (["--mode", "xpe", "--set", "prompt.ratio=0.3"], "prompt.ratio=0.3: goes with --mode dual"),
+     "train.steps=5: train.steps does nothing here: train.epochs 1 sets the steps"),
+    (["--mode", "xpe", "--steps", "5", "--set", "train={epochs: 1}"], "--steps 5 overrides it"),
+    (["--mode", "full", "--steps", "5", "--set", "train.steps=6"], "--steps 5 overrides it"),
+    (["--mode", "dual", "--ratio", "0.5", "--set", "prompt.ratio=0.3"], "--ratio 0.5 overrides"),
     (["--mode", "xpe", "--set", "prompt.heads=2"], "'mlp' does not use it"),
     (["--mode", "xpe", "--set", "prompt.encoder=attention", "--set", "prompt.layers=6"],
-     "prompt.layers=6: the encoder 'attention' does not use it"),
+     "prompt.layers does nothing here: the encoder 'attention' does not use it"),
     (["--mode", "xpe", "--set", "prompt.encoder=none", "--set", "prompt.dropout=0.5"],
      "'none' does not use it")]
 
 
-@pytest.mark.parametrize("argv, message", [*BAD_COMMAND_LINES, *UNUSED_SETTINGS])
+@pytest.mark.parametrize("argv, message", [*BAD_COMMAND_LINES, *OVERRULED_SETTINGS])
 def test_bad_command_lines(world, tmp_path, capsys, monkeypatch, argv, message):
     """Catches: a traceback, a status of 0, a run folder left behind by a run that could not
     start, a wait for the backbone before the error."""
@@ -553,6 +554,24 @@ def test_bad_command_lines(world, tmp_path, capsys, monkeypatch, argv, message):
     assert status == 2 and re.search(message, error), error
     lines = error.splitlines()
     assert (len(lines) == 1 and lines[0].startswith("error: ")) or lines[0].startswith("usage: ")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--mode", "full", "--set", "train.optimizer=adamw", "--set", "train.epochs=0", "--steps", "2"],
+    ["--mode", "spt", "--set", "prompt.ratio=0.3", "--set", "prompt.encoder=lstm", "--steps", "2"],
+    ["--mode", "head", "--set", "full.rate=0.1", "--set", "prompt.layers=1", "--steps", "2"]])
+def test_settings_that_a_loop_over_modes_may_give(world, tmp_path, arguments):
+    """Catches: a refusal of what agrees with the last word, or is clearly of another mode."""
+    assert train.main(command(world, tmp_path, *arguments, "--seeds", "11")) == 0
+
+
+def test_a_language_that_is_a_group(world, tmp_path, capsys):
+    """Catches: another group, in silence, for targets and for the next training."""
+    arguments = command(world, tmp_path / "out", "--languages", "aaa_Latn", "--set",
+                        "groups.aaa_Latn=[bbb_Latn]")
+    status, error = run_script(train.main, arguments, capsys)
+    assert status == 2 and "aaa_Latn is a group in" in error
     assert not (tmp_path / "out").exists()
 
 
@@ -704,6 +723,9 @@ def test_other_targets_with_resume_are_told(world, tmp_path, capsys):
     assert train.main(command(world, tmp_path, *arguments, "--resume", "--set",
                               "targets.More=[ccc_Latn]")) == 0
     assert "config.yaml: has other targets or groups, and keeps them" in capsys.readouterr().err
+    (tmp_path / "xpe-two-s11" / "config.yaml").write_text("train: {clop: 1}")     # damaged
+    assert train.main(command(world, tmp_path, *arguments, "--resume")) == 0
+    assert "finished already" in capsys.readouterr().out
 
 
 def test_precision_is_resolved_told_and_stored(world, tmp_path, capsys, monkeypatch):
@@ -919,10 +941,10 @@ def test_targets_that_contain_themselves_are_told_before_training(world, tmp_pat
 
 @pytest.mark.parametrize("change, message", [
     (["--languages", ""], "--adapt needs its target languages"),
-    (["--set", "train.patience=3"], "`adapt` has the last word, with patience 0; --set adapt.pat"),
+    (["--set", "train.patience=3"], "adapt.patience 0 has the last word; --set adapt.patience="),
     (["--set", "prompt.dropout=0.5"], "as it was trained; --set adapt.prompt_dropout"),
-    (["--set", "prompt.reads=mean"], "prompt.reads=mean: --adapt .* as it was trained"),
-    (["--set", "data.max_length=8"], "data.max_length=8: --adapt .* as it was trained"),
+    (["--set", "prompt.reads=mean"], "prompt.reads does nothing .* --adapt .* as it was trained"),
+    (["--set", "data.max_length=8"], "data.max_length does nothing .* --adapt .* as it was trained"),
     (["--mode", "spt"], "is a xpe run and cannot be adapted as spt"),
     (["--mode", "dual", "--ratio", "0.3"], "cannot be adapted as dual")])
 def test_adaptations_that_make_no_sense(world, source_run, tmp_path, capsys, change, message):
