@@ -418,6 +418,21 @@ def test_settings_of_training_that_are_no_settings(tmp_path, capsys):
     assert "|spt|two|1|-|" in squeeze(capsys.readouterr().out)
 
 
+def test_other_targets_in_another_run_are_said(tmp_path, capsys):
+    """Would catch: columns of one run over the scores of all; an unscored run that decides."""
+    folders = write_method(tmp_path, "spt", (1, 2, 3), 0.1)
+    (folders[2] / "config.yaml").write_text("targets: {Mine: others}\n")
+    run(folders)
+    printed = capsys.readouterr()
+    assert f"{folders[2]}: config.yaml has other targets there; the columns are" in printed.err
+    assert "|Here|" in squeeze(printed.out)
+    for file in folders[2].glob("test*"):
+        file.unlink()
+    run([folders[2], *folders[:2]])
+    printed = capsys.readouterr()
+    assert "|Here|" in squeeze(printed.out) and "other targets" not in printed.err
+
+
 def test_a_missing_config_is_said(tmp_path, capsys):
     """Would catch: a run's own groups gone in silence."""
     folders = write_method(tmp_path, "spt", (1, 2), 0.1)
@@ -565,7 +580,7 @@ def test_205_languages_fit_into_a_picture(tmp_path):
     """Would catch: names that vanish, dots beyond the axis, axes that differ, no zero."""
     pytest.importorskip("matplotlib")
     config = report.read_config()
-    report.resolve_targets(config, [])
+    report.write_targets_out(config, [])
     facts = report.read_language_facts()
     comparison = make_comparison(list(facts), config)
     assigned = report.assign_groups(facts, comparison.sources, config)
@@ -634,35 +649,41 @@ def measured_lines(folder):
             if line["method"] and "e5" in line["table"]]
 
 
-@pytest.mark.parametrize("name", ["joshi5"])
+@pytest.mark.parametrize("name", ["joshi5", "sources"])
 def test_the_shipped_tables_follow_from_the_shipped_scores(name):
     """Would catch: a mean or deviation that the runs' own test.csv do not give."""
     folder = RESULTS / name
     config = report.read_config()
     titles = resolved_targets(folder)
     lines = measured_lines(folder)
-    assert len(lines) == {"joshi5": 5, "sources": 4}[name]
+    assert len(lines) == {"joshi5": 6, "sources": 4}[name]
     for line in lines:
         scores = []
         for path in sorted(folder.glob(f"{line['method']}-{line['source']}-s*/test.csv")):
             scores.append({row["language"]: float(row["accuracy"]) for row in read_table(path)})
         assert len(scores) == int(line["seeds"])
         for title, codes in groups_of(line, titles, config).items():
-            if not line[title]:
+            if line[title] in ("", "nan"):
                 continue
             means = [mean(of_run[code] for code in codes if code in of_run) for of_run in scores]
             assert float(line[title]) == pytest.approx(mean(means), abs=1e-3)
             assert float(line[f"{title} std"]) == pytest.approx(stdev(means), abs=1e-3)
 
 
-def read_right(method, languages):
-    """sample/results/joshi5 -> ({language: hits (S, I)}, {language: numbers of the sentences}).
+def seeds_of(method, runs, source):
+    """The seeds of a method, from the folders of its runs."""
+    folders = (RESULTS / runs).glob(f"{method}-{source}-s*")
+    return {int(folder.name.rpartition("-s")[2]) for folder in folders}
+
+
+def read_right(folders, languages):
+    """Run folders -> ({language: hits (S, I)}, {language: numbers of the sentences}).
 
     right.csv holds a 1 for each right answer, of every second or every sixth sentence.
     """
     hits = {code: [] for code in languages}
-    for path in sorted((RESULTS / "joshi5").glob(f"{method}-joshi5-s*/right.csv")):
-        for line in read_table(path):
+    for folder in folders:
+        for line in read_table(folder / "right.csv"):
             if line["language"] in hits:
                 hits[line["language"]].append([int(digit) for digit in line["right"]])
     hits = {code: np.array(rows, dtype=float) for code, rows in hits.items()}
@@ -673,20 +694,31 @@ def read_right(method, languages):
     return hits, ids
 
 
-@pytest.mark.parametrize("name, a, b", [("joshi5", "xpe", "spt"), ("joshi5/head", "xpe", "head")])
-def test_the_shipped_intervals_follow_from_the_shipped_answers(name, a, b):
+COMPARISONS = [     # folder of the report, of the runs, their sources, methods
+    ("joshi5", "joshi5", "joshi5", "xpe", "spt"),
+    ("joshi5/head", "joshi5", "joshi5", "xpe", "head"),
+    ("joshi5/full", "joshi5", "joshi5", "xpe", "full"),
+    ("sources/enarzho", "sources", "enarzho", "xpe", "spt"),
+    ("sources/seen", "sources", "seen", "xpe", "spt"),
+]
+
+
+@pytest.mark.parametrize("folder, runs, source, a, b", COMPARISONS)
+def test_the_shipped_intervals_follow_from_the_shipped_answers(folder, runs, source, a, b):
     """Would catch: an interval that cannot be had again from what is in the repository."""
-    titles = resolved_targets(RESULTS / name)
-    lines = [line for line in read_table(RESULTS / name / "report.csv") if line["group"]]
-    groups = groups_of({"source": "joshi5"}, titles, report.read_config())
-    assert [line["group"] for line in lines] == list(groups)
+    titles = resolved_targets(RESULTS / folder)
+    lines = [line for line in read_table(RESULTS / folder / "report.csv") if line["group"]]
+    groups = groups_of({"source": source}, titles, report.read_config())
+    assert [line["group"] for line in lines] == [title for title in groups if title != "Sources"
+                                                 or runs == "joshi5"]
+    seeds = sorted(seeds_of(a, runs, source) & seeds_of(b, runs, source))
+    assert len(seeds) == (3 if b == "full" else 5)
     for line in lines:
         codes = groups[line["group"]]
         means = []
         for method in (a, b):
-            hits, ids = read_right(method, codes)
-            assert all(len(rows) == 5 for rows in hits.values())
-            means.append(report.average_languages(hits, ids, codes))
+            folders = [RESULTS / runs / f"{method}-{source}-s{seed}" for seed in seeds]
+            means.append(report.average_languages(*read_right(folders, codes), codes))
         expected = report.interval(*report.estimate_difference(*means))
         for key, value in expected.items():
             assert float(line[key]) == pytest.approx(value, abs=1e-6)
@@ -700,8 +732,27 @@ def test_the_readme_quotes_the_results():
         for title in ("Sources", "Low-performing", "Unseen", "Seen w/o Joshi5"):
             quoted = f"{float(line[title]):.1f} ± {float(line[f'{title} std']):.1f}"
             assert quoted in readme, (line["method"], title)
-    for name in ("joshi5", "joshi5/head"):
-        for line in read_table(RESULTS / name / "report.csv"):
+    for line in measured_lines(RESULTS / "sources"):
+        assert f"{float(line['Low-performing']):.1f}" in readme, (line["method"], line["source"])
+    for folder, *_ in COMPARISONS:
+        for line in read_table(RESULTS / folder / "report.csv"):
             if line["group"] == "Low-performing":
                 low, high = float(line["low"]), float(line["high"])
                 assert f"{float(line['A - B']):+.1f} ({low:+.1f} to {high:+.1f})" in readme
+
+
+def test_the_readme_quotes_the_adaptation():
+    """Would catch: a figure "before" or "after" that adapted.csv does not give."""
+    readme = " ".join((report.HERE / "README.md").read_text(encoding="utf-8").split())
+    lines = read_table(RESULTS / "adapted.csv")
+    for method, name in (("spt", "SPT"), ("xpe", "XPE")):
+        quoted = []
+        for column in ("before", "after"):
+            of_seed = []
+            for seed in ("11", "12", "13"):
+                values = [float(line[column]) for line in lines
+                          if line["method"] == method and line["seed"] == seed]
+                assert len(values) == 24
+                of_seed.append(mean(values))
+            quoted.append(f"{mean(of_seed):.1f} ± {stdev(of_seed):.1f}")
+        assert f"{name} from {' to '.join(quoted)}" in readme

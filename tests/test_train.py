@@ -944,7 +944,7 @@ def test_targets_that_contain_themselves_are_told_before_training(world, tmp_pat
     (["--set", "train.patience=3"], "adapt.patience 0 has the last word; --set adapt.patience="),
     (["--set", "prompt.dropout=0.5"], "as it was trained; --set adapt.prompt_dropout"),
     (["--set", "prompt.reads=mean"], "prompt.reads does nothing .* --adapt .* as it was trained"),
-    (["--set", "data.max_length=8"], "data.max_length does nothing .* --adapt .* as it was trained"),
+    (["--set", "data.max_length=8"], "data.max_length does nothing .* --adapt .* as it was"),
     (["--mode", "spt"], "is a xpe run and cannot be adapted as spt"),
     (["--mode", "dual", "--ratio", "0.3"], "cannot be adapted as dual")])
 def test_adaptations_that_make_no_sense(world, source_run, tmp_path, capsys, change, message):
