@@ -50,7 +50,8 @@ def first_position_only(backbone):
     """-> a backbone whose last layer computes position 0 alone: the same numbers for less work.
 
     For heads that read position 0. The result shares every weight with `backbone`, which stays as
-    it is. A backbone that is not built as BERT is comes back unchanged.
+    it is. A backbone that is not built as BERT is comes back unchanged, and so does one in bf16 or
+    fp16, in which equal states cannot be told: convert the result, not what is given.
     """
     config = getattr(backbone, "config", None)
     if getattr(config, "model_type", "") not in LIKE_BERT:

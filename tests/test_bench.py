@@ -75,6 +75,16 @@ def test_ours_is_train_pys_own_loop(setup, monkeypatch):
     assert not learner.folder.exists()
 
 
+def test_every_contender_is_shortened(setup):
+    """Catches: learners whose last layer computes all positions, because those before them have
+    converted the weights to bf16."""
+    assert setup.backbone(inputs_embeds=torch.zeros(1, 5, 16))[0].shape[1] == 5
+    assert setup.shortened(inputs_embeds=torch.zeros(1, 5, 16))[0].shape[1] == 1
+    for K in (1, 2):
+        ours = bench.Ours(setup, K, bench.first_epoch(setup.task, BATCH, K)[:1])
+        assert ours.model.backbone is setup.shortened
+
+
 def test_the_floor_does_as_much_without_padding(setup):
     """Catches: a floor with fewer texts or tokens than the contender that it stands under."""
     batches = bench.first_epoch(setup.task, BATCH, K=2)
