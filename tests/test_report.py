@@ -694,6 +694,17 @@ def read_right(folders, languages):
     return hits, ids
 
 
+def interval_of(a, b, runs, source, codes):
+    """{"A - B", "low", "high"} of two methods' means over languages, from the shipped answers."""
+    means = []
+    for method in (a, b):
+        folders = []
+        for seed in sorted(seeds_of(a, runs, source) & seeds_of(b, runs, source)):
+            folders.append(RESULTS / runs / f"{method}-{source}-s{seed}")
+        means.append(report.average_languages(*read_right(folders, codes), codes))
+    return report.interval(*report.estimate_difference(*means))
+
+
 COMPARISONS = [     # folder of the report, of the runs, their sources, methods
     ("joshi5", "joshi5", "joshi5", "xpe", "spt"),
     ("joshi5/head", "joshi5", "joshi5", "xpe", "head"),
@@ -711,17 +722,21 @@ def test_the_shipped_intervals_follow_from_the_shipped_answers(folder, runs, sou
     groups = groups_of({"source": source}, titles, report.read_config())
     assert [line["group"] for line in lines] == [title for title in groups if title != "Sources"
                                                  or runs == "joshi5"]
-    seeds = sorted(seeds_of(a, runs, source) & seeds_of(b, runs, source))
-    assert len(seeds) == (3 if b == "full" else 5)
+    assert len(seeds_of(a, runs, source) & seeds_of(b, runs, source)) == (3 if b == "full" else 5)
     for line in lines:
-        codes = groups[line["group"]]
-        means = []
-        for method in (a, b):
-            folders = [RESULTS / runs / f"{method}-{source}-s{seed}" for seed in seeds]
-            means.append(report.average_languages(*read_right(folders, codes), codes))
-        expected = report.interval(*report.estimate_difference(*means))
+        expected = interval_of(a, b, runs, source, groups[line["group"]])
         for key, value in expected.items():
             assert float(line[key]) == pytest.approx(value, abs=1e-6)
+
+
+@pytest.mark.parametrize("a", ["dual30", "dual70"])
+@pytest.mark.parametrize("b", ["spt", "xpe"])
+def test_neither_dual_is_told_from_others(a, b):
+    """Would catch: that sentence of the README after results that say otherwise."""
+    titles = resolved_targets(RESULTS / "joshi5")
+    for codes in groups_of({"source": "joshi5"}, titles, report.read_config()).values():
+        found = interval_of(a, b, "joshi5", "joshi5", codes)
+        assert found["low"] < 0 < found["high"]
 
 
 def test_the_readme_quotes_the_results():
@@ -736,9 +751,35 @@ def test_the_readme_quotes_the_results():
         assert f"{float(line['Low-performing']):.1f}" in readme, (line["method"], line["source"])
     for folder, *_ in COMPARISONS:
         for line in read_table(RESULTS / folder / "report.csv"):
-            if line["group"] == "Low-performing":
+            quoted = ["Low-performing"]
+            if folder == "joshi5":
+                quoted += ["Unseen", "Seen w/o Joshi5"]
+            if line["group"] in quoted:
                 low, high = float(line["low"]), float(line["high"])
                 assert f"{float(line['A - B']):+.1f} ({low:+.1f} to {high:+.1f})" in readme
+
+
+def mean_accuracies(method):
+    """sample/results/joshi5 -> {language: accuracy, mean over seeds}."""
+    scores = {}
+    for path in (RESULTS / "joshi5").glob(f"{method}-joshi5-s*/test.csv"):
+        for line in read_table(path):
+            scores.setdefault(line["language"], []).append(float(line["accuracy"]))
+    return {code: mean(values) for code, values in scores.items()}
+
+
+def test_the_readme_counts_languages_rightly():
+    """Would catch: "better in 41 languages" after other results; gains where there is no signal."""
+    readme = " ".join((report.HERE / "README.md").read_text(encoding="utf-8").split())
+    codes = resolved_targets(RESULTS / "joshi5")["Low-performing"]
+    xpe, spt = mean_accuracies("xpe"), mean_accuracies("spt")
+    gains = {code: round(xpe[code] - spt[code], 4) for code in codes}
+    won = sum(gain > 0 for gain in gains.values())
+    lost = sum(gain < 0 for gain in gains.values())
+    assert f"better in {won} languages, worse in {lost}" in readme
+    assert f"{won} gain, by up to {max(gains.values()):.1f} points" in readme
+    guessing = sum(gain for code, gain in gains.items() if xpe[code] < 30)
+    assert 0.2 < guessing / sum(gains.values()) < 0.3           # "about a quarter"
 
 
 def test_the_readme_quotes_the_adaptation():
@@ -756,3 +797,6 @@ def test_the_readme_quotes_the_adaptation():
                 of_seed.append(mean(values))
             quoted.append(f"{mean(of_seed):.1f} ± {stdev(of_seed):.1f}")
         assert f"{name} from {' to '.join(quoted)}" in readme
+        kanuri = [float(line["after"]) - float(line["before"]) for line in lines
+                  if line["method"] == method and line["language"] == "knc_Arab"]
+        assert f"{mean(kanuri):.0f}" in readme.partition("Kanuri")[2][:80]
