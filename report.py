@@ -6,11 +6,11 @@ Everything is computed anew from the predictions, and what is missing is said.
 
     python report.py runs/* --compare xpe spt --plot gain.png --out report
 
-gives, for sample/e5.yaml (five seeds; gain-languages.png is the same with names):
+gives, for sample/e5.yaml (ten seeds; gain-languages.png is the same with names):
 
     | method | source | seeds | trainable |    Sources | Low-performing | ...
     | :----- | :----- | ----: | --------: | ---------: | -------------: | ...
-    | xpe    | joshi5 |     5 |   241,735 | 84.8 ± 0.9 |     50.5 ± 1.4 | ...
+    | xpe    | joshi5 |    10 |   241,735 | 84.9 ± 1.5 |     50.3 ± 1.4 | ...
 
 Read downwards: published figures, run folders, means over seeds, comparison, tables, pictures, the
 command. Letters: S seeds, I test sentences.
