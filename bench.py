@@ -64,8 +64,8 @@ autocast), the tokenizer of multilingual-e5-small, which has XLM-R's vocabulary;
     evaluation          -          248      1.12          -     0.8%
     its floor           -          222         -          -     0.0%
 
-Ten learners take a tenth of the steps of a turn, and these happen to be of longer texts: compare the
-ratios, not sentences a second.
+Ten learners take a tenth of the steps of a turn, and these happen to be of longer texts: compare
+the ratios, not sentences a second.
 
 Ours is faster than the bare backbone because its last layer computes one position and its dropout
 is cheap: see speed.py. No GPU has been measured.

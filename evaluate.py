@@ -728,9 +728,10 @@ def read_scored_languages(path):
     """The codes in a <split>.csv; none if it is missing or damaged."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            return [fields["language"] for fields in csv.DictReader(file)]
+            codes = [fields["language"] for fields in csv.DictReader(file)]
     except (OSError, ValueError, KeyError, csv.Error):
         return []
+    return [code for code in codes if code]         # None in a line that is cut short
 
 
 def table(run, lines, every_language=True):

@@ -60,7 +60,7 @@ warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
 # Settings for the memory that there is: --resume may change them, but a pass that has a checkpoint
 # keeps its learners. (Other company in a pass means other dropout, but the same recipe.)
 MEMORY_SETTINGS = ("learners_at_once", "tokens")
-# Settings of the section `prompt` that do nothing: see xpe.py
+# Encoder -> settings of the section `prompt` that it does not use: see xpe.make_encoder
 UNUSED_BY_ENCODER = {"mlp": ("heads",), "lstm": ("heads",), "attention": ("layers",),
                      "none": ("hidden", "layers", "dropout", "heads")}
 DIVERGED = "diverged.txt"
@@ -774,17 +774,17 @@ def section_of(mode, adapt):
 def check_overruled(args, config, mode, source):
     """Raise ValueError for a `--set` whose value another one overrules: what was meant to be tried
     would look as if it made no difference. Files may hold such settings, for other modes."""
+    own = section_of(mode, source)
     for setting in args.set:
         for section, values in read_setting(setting).items():
             if not isinstance(values, dict):
                 continue
             for key, value in values.items():
                 reason = None
-                if section in ("train", section_of(mode, source)):
-                    reason = what_overrules_training(section, key, value, args, config,
-                                                     section_of(mode, source))
+                if section in ("train", own):
+                    reason = what_overrules_training(section, key, value, args, config, own)
                 elif section == "prompt" or (section, key) == ("data", "max_length"):
-                    reason = what_overrules_prompt(key, args, config, mode)
+                    reason = what_overrules_prompt(key, value, args, config, mode)
                 if reason:
                     raise ValueError(f"--set {setting}: {section}.{key} does nothing here: "
                                      f"{reason}")
@@ -795,22 +795,22 @@ def what_overrules_training(section, key, value, args, config, own):
 
     own: the section that has the last word, train itself, adapt or full.
     """
-    if key in ("steps", "epochs") and args.steps is not None and value != 0:
-        return f"--steps {args.steps} overrides it"
-    epochs = config[own].get("epochs")
-    if key == "steps" and epochs:
-        return f"{own}.epochs {epochs} sets the steps; --steps overrides that"
-    if section != own and key in config[own] and value != config[own][key]:
-        return f"{own}.{key} {config[own][key]} has the last word; --set {own}.{key}=... changes it"
+    decides = config[own]       # steps and epochs as --steps, if given, has set them
+    if key in ("steps", "epochs") and args.steps is not None:
+        return f"--steps {args.steps} overrides it" if value != decides[key] else None
+    if key == "steps" and decides.get("epochs"):
+        return f"{own}.epochs {decides['epochs']} sets the steps; --steps overrides that"
+    if section != own and key in decides and value != decides[key]:
+        return f"{own}.{key} {decides[key]} has the last word; --set {own}.{key}=... changes it"
     return None
 
 
-def what_overrules_prompt(key, args, config, mode):
-    """Why prompt.key, or data.max_length, has no effect on this run, or None."""
+def what_overrules_prompt(key, value, args, config, mode):
+    """Why prompt.key = value, or data.max_length, has no effect on this run, or None."""
     if args.adapt:
         instead = "; --set adapt.prompt_dropout=... while adapting" if key == "dropout" else ""
         return f"--adapt {args.adapt} goes on with the prompt as it was trained{instead}"
-    if key == "ratio" and args.ratio is not None:
+    if key == "ratio" and args.ratio is not None and value != args.ratio:
         return f"--ratio {args.ratio} overrides it"
     encoder = config["prompt"]["encoder"]
     if mode in ("xpe", "dual") and key in UNUSED_BY_ENCODER[encoder]:
@@ -854,7 +854,7 @@ def pick_languages(args, config):
 
 
 def check_mode(args, config, mode, source):
-    """Raise ValueError for options that do not go together."""
+    """Raise ValueError for options that do not go together; warn of a ratio that is rounded."""
     ratio = config["prompt"]["ratio"]
     if not mode:
         raise ValueError(f"--mode is missing: {', '.join(xpe.KINDS)}")

@@ -418,8 +418,9 @@ def test_other_languages_may_be_written_over_when_asked(run, tmp_path):
     for wanted in (["bbb_Latn"], ["ccc_Latn", "--again"]):
         main(run, "--out", tmp_path / "out", "--languages", *wanted)
         assert [line["language"] for line in read_csv(folder / "test.csv")] == wanted[:1]
-    (folder / "test.csv").write_bytes(b"\xff\x00language")
-    main(run, "--out", tmp_path / "out", "--languages", "bbb_Latn")
+    for damaged in (b"\xff\x00language", b"n,language\n9\n"):
+        (folder / "test.csv").write_bytes(damaged)
+        main(run, "--out", tmp_path / "out", "--languages", "bbb_Latn")
 
 
 def test_scored_runs_are_not_computed_again(world, run, tmp_path, capsys, monkeypatch):

@@ -559,6 +559,8 @@ def test_bad_command_lines(world, tmp_path, capsys, monkeypatch, argv, message):
 
 @pytest.mark.parametrize("arguments", [
     ["--mode", "full", "--set", "train.optimizer=adamw", "--set", "train.epochs=0", "--steps", "2"],
+    ["--mode", "dual", "--ratio", "0.5", "--set", "prompt.ratio=0.5", "--steps", "2", "--set",
+     "train.steps=2"],
     ["--mode", "spt", "--set", "prompt.ratio=0.3", "--set", "prompt.encoder=lstm", "--steps", "2"],
     ["--mode", "head", "--set", "full.rate=0.1", "--set", "prompt.layers=1", "--steps", "2"]])
 def test_settings_that_a_loop_over_modes_may_give(world, tmp_path, arguments):
