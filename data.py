@@ -2,13 +2,15 @@
 
 The paper's section "Data": 7 topics in 205 parallel languages, 701 / 99 / 204 sentences each. A
 corpus is a folder <language>/{train,dev,test}.tsv with the columns `category` and `text`. This
-file needs torch and numpy (huggingface_hub to download) and knows nothing of the model. It goes
-downwards: files, token ids, batches, the hub, the command. That checks and counts a corpus:
+file needs torch and numpy (huggingface_hub to download) and knows nothing of the model. As a
+command it checks and counts a corpus:
 
-    $ python data.py --data DIR            (SIB-200: 5 s on one core)
+    $ python data.py --data DIR            (SIB-200: 6 s on one core)
     languages                           train     dev    test
     ace_Arab, ace_Latn ... zul_Latn       701      99     204
-    205 languages, 205,820 sentences, 7 labels: science/technology, travel, politics, ...
+    205 languages, 205,820 sentences, 7 labels: science/technology 51,455, travel 40,590, ...
+
+Read downwards: errors, files, token ids, batches, folders and the hub, the command.
 """
 import argparse
 import csv
@@ -18,25 +20,68 @@ import io
 import math
 import os
 import re
-import signal
 import sys
 import threading
-import time
-from collections import namedtuple
-from fnmatch import fnmatch
+import unicodedata
+from collections import Counter, defaultdict, namedtuple
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 
+HERE = Path(__file__).resolve().parent
 # The order of SIB-200's labels.txt; any other would silently permute what a trained head says.
 LABELS = ("science/technology", "travel", "politics", "sports", "health", "entertainment",
           "geography")
 SPLITS = ("train", "dev", "test")
-SPLIT_OF_FILE = {"train": "train", "dev": "dev", "validation": "dev", "test": "test"}
 
 # index_id names a sentence in all languages; label counts from 0 in the corpus's order of labels.
 Sentence = namedtuple("Sentence", "index_id label text")
+
+
+# ---- Errors: one line that says what was given, where, and what to do ----------------------------
+
+def check(condition, message):
+    """Raise ValueError with `message` unless `condition` holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+@contextmanager
+def reading(path):
+    """Turn whatever a parser raises over foreign material into ValueError "path: what is wrong".
+
+    Not for the project's own logic. Errors of the system that name their file pass through.
+    """
+    try:
+        yield
+    except Exception as error:      # parsers raise errors of their own kinds
+        if isinstance(error, OSError) and error.filename:
+            raise
+        lacks = "lacks " if isinstance(error, KeyError) else ""
+        raise ValueError(f"{path}: {lacks}{shorten(error)}") from None
+
+
+def warn(line):
+    """Print one line on standard error; the program goes on."""
+    print(f"warning: {line}", file=sys.stderr, flush=True)
+
+
+def shorten(message, limit=200):
+    """Return a message or error in one line of about `limit` characters at most."""
+    line = " ".join(str(message).split()) or type(message).__name__
+    if len(line) <= limit:
+        return line
+    whole_words = line[:limit].rsplit(" ", 1)[0]
+    return f"{whole_words} ..."
+
+
+def shorten_list(words):
+    """'a, b, c', with no more than six of them written out."""
+    if len(words) <= 6:
+        return ", ".join(words)
+    return f"{', '.join(words[:6])} and {len(words) - 6} more"
 
 
 def nearest(word, words):
@@ -45,18 +90,65 @@ def nearest(word, words):
     return f" (did you mean {matches[0]}?)" if matches else ""
 
 
-def read_text(path):
-    """Return the text of a UTF-8 file without its byte order mark; ValueError with the bad line."""
-    raw = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
+def tidy(name):
+    """A name or code as it is compared: without blanks at the edges, in Unicode's form NFC."""
+    return unicodedata.normalize("NFC", name.strip())
+
+
+def run_main(main):
+    """Run a script's main: every error that a person can cause ends in one line and status 2."""
+    for stream in (sys.stdout, sys.stderr):     # a letter that cannot be shown must not end it
+        stream.reconfigure(errors="backslashreplace")
     try:
-        text = raw.decode("utf-8")
+        status = main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = 130
+    except BrokenPipeError:                 # `| head` has seen enough: drop what is left to print
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    except (ValueError, OSError, RuntimeError) as error:
+        line = shorten(error, 1000)
+        if isinstance(error, RuntimeError):
+            if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in line:
+                raise
+            line = ("out of memory: lower train.learners_at_once, train.batch_size or "
+                    f"evaluate.tokens ({line})")
+        print(f"error: {line}", file=sys.stderr)
+        status = 2
+    sys.exit(status)
+
+
+def make_parser(description, options):
+    """-> an ArgumentParser of lines "--option META  help"; without META an option is a flag."""
+    parser = argparse.ArgumentParser(description=description)
+    for line in options.strip().splitlines():
+        option, meta, text = re.fullmatch(r"(--\S+) ?(\S*)  +(.*)", line).groups()
+        kind = {"metavar": meta} if meta else {"action": "store_true"}
+        parser.add_argument(option, help=text, **kind)
+    return parser
+
+
+# ---- Files ---------------------------------------------------------------------------------------
+
+def decode(raw, name):
+    """Bytes -> text without a byte order mark; ValueError with name:line for what is not UTF-8."""
+    raw = raw.removeprefix(b"\xef\xbb\xbf")
+    try:
+        text = raw.decode()
         bad = raw.find(b"\0")               # valid UTF-8, but a sign of UTF-16 or of a damaged file
     except UnicodeDecodeError as error:
         bad = error.start
-    if bad >= 0:
-        line = 1 + raw[:bad].count(b"\n")
-        raise ValueError(f"{path}:{line}: this is not UTF-8 text (byte 0x{raw[bad]:02x})")
+    line = 1 + raw[:bad].count(b"\n")
+    byte = raw[bad:bad + 1].hex()
+    check(bad < 0, f"{name}:{line}: not valid UTF-8 (byte 0x{byte})")
     return text
+
+
+def read_text(path):
+    """Return the text of a UTF-8 file without its byte order mark; ValueError with the bad line."""
+    return decode(Path(path).read_bytes(), path)
 
 
 def read_rows(path):
@@ -67,14 +159,14 @@ def read_rows(path):
     quoting, a stray quote lets one field swallow the lines after it. No field of SIB-200 holds a
     line break or a tab, so such a field is a ValueError. Empty lines are skipped.
     """
+    csv.field_size_limit(1 << 30)       # Python's own limit would hide what a stray quote swallows
     reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter="\t", strict=True)
     line = 1
     try:
         for fields in reader:
-            if re.search("[\t\r\n]", "".join(fields)):
-                raise ValueError(f"{path}:{line}: a field that begins here holds a line break or a "
-                                 "tab: a stray quote? (a field with a quote must be quoted, its "
-                                 "quotes doubled; a text must be one line without tabs)")
+            check(not re.search("[\t\r\n]", "".join(fields)),
+                  f"{path}:{line}: a field that begins here holds a line break or a tab: a stray "
+                  f"quote? (a field with a quote must be quoted, its quotes doubled)")
             if fields:
                 yield line, fields
             line = reader.line_num + 1
@@ -91,40 +183,36 @@ def read_tsv(path, labels=LABELS):
     rows = read_rows(path)
     line, header = next(rows, (1, []))
     for column in ("category", "text"):
-        if header.count(column) != 1:
-            raise ValueError(f"{path}:{line}: the header must name a column {column!r} once, "
-                             f"it is {header[:6]}")
+        check(header.count(column) == 1,
+              f"{path}:{line}: the header must name {column!r} exactly once, it is {header[:6]}")
 
-    sentences = []
-    line_of = {}                            # index_id -> the line where it was first used
+    sentences = []             # index_id -> the line where it was first used
+    line_of = {}
+    number_of = {label: number for number, label in enumerate(labels)}
     for line, fields in rows:
         where = f"{path}:{line}"
-        if len(fields) != len(header):
-            raise ValueError(f"{where}: {len(fields)} fields, but the header has {len(header)}")
+        check(len(fields) == len(header), f"{where}: {len(fields)} fields, not {len(header)}")
         columns = dict(zip(header, fields))
-        category = columns["category"]
-        if category not in labels:
-            raise ValueError(f"{where}: unknown category {category[:60]!r}, known are "
-                             f"{', '.join(labels)}; name other labels in a file labels.txt beside "
-                             "the languages, one on each line")
-        if not columns["text"].strip():
-            raise ValueError(f"{where}: empty text")
+        label = number_of.get(tidy(columns["category"]))
+        if label is None:
+            raise ValueError(f"{where}: unknown category {columns['category'][:60]!r}, known are "
+                             f"{shorten_list(labels)}; other labels go into a file labels.txt "
+                             f"beside the languages, one on each line")
+        check(columns["text"].strip(), f"{where}: empty text")
         index_id = columns.get("index_id", str(len(sentences)))
-        if index_id in line_of:
-            raise ValueError(f"{where}: index_id {index_id!r} is also that of line "
-                             f"{line_of[index_id]}")
+        check(index_id not in line_of,
+              f"{where}: index_id {index_id!r} was already used in line {line_of.get(index_id)}")
         line_of[index_id] = line
-        sentences.append(Sentence(index_id, labels.index(category), columns["text"]))
-    if not sentences:
-        raise ValueError(f"{path}: no sentence in this split")
+        sentences.append(Sentence(index_id, label, columns["text"]))
+    check(sentences, f"{path}: no sentence in this split")
     return sentences
 
 
 def read_labels(path):
-    """Read a labels.txt -> tuple of names; ValueError unless there are two or more, each once."""
-    names = tuple(name for name in read_text(path).splitlines() if name.strip())
-    if len(names) < 2 or len(set(names)) < len(names):
-        raise ValueError(f"{path}: must name two or more labels, each once, one on each line")
+    """Read a labels.txt -> tuple of names; ValueError unless two or more, without duplicates."""
+    names = tuple(filter(None, map(tidy, read_text(path).split("\n"))))
+    check(1 < len(names) == len(set(names)),
+          f"{path}: must name two or more labels, one on each line, without duplicates")
     return names
 
 
@@ -137,73 +225,54 @@ class Corpus:
 
     def __init__(self, root):
         self.root = Path(root)
-        self._files = {}                    # language -> {split: path}
-        for path in sorted(self.root.glob("*/*.tsv")):
-            if path.stem in SPLIT_OF_FILE:
-                files = self._files.setdefault(path.parent.name, {})
-                split = SPLIT_OF_FILE[path.stem]
-                if split in files:
-                    raise ValueError(f"{path}: {files[split].name} is the same split, keep one")
+        self._files = defaultdict(dict)     # language -> {split: path}
+        self._sentences = {}                # path -> list of Sentence
+        for path in sorted(self.root.glob("[!.]*/*.tsv")):
+            split = path.stem.replace("validation", "dev")
+            if split in SPLITS:
+                files = self._files[tidy(path.parent.name)]
+                check(split not in files,
+                      f"{path}: {files.get(split)} is the same split; keep only one")
                 files[split] = path
         if not self._files:
             raise FileNotFoundError(f"{root}: no folder <language>/{{train,dev,test}}.tsv here")
         self.labels = self.find_labels()
 
     def find_labels(self):
-        """Return the labels of the file labels.txt beside the languages, which must hold those of
-        the languages' own files; without it the union of these; without any SIB-200's.
-
-        Languages may differ, as where each file names the classes that occur there. Then a line
-        says the union, in the order of first mention, languages sorted by code.
-        """
-        named = {}                          # labels.txt of a language -> its labels
-        for language in self._files:
-            path = self.root / language / "labels.txt"
-            if path.is_file():
-                named[path] = read_labels(path)
-        union = tuple(dict.fromkeys(label for labels in named.values() for label in labels))
-
+        """Return the labels of the file labels.txt beside the languages, else the union of the
+        languages' own, in the order of first mention, else SIB-200's."""
         shared = self.root / "labels.txt"
         if shared.is_file():
-            labels = read_labels(shared)
-            for path, names in named.items():
-                missing = [name for name in names if name not in labels]
-                if missing:
-                    raise ValueError(f"{path}: label {missing[0]!r} is missing in {shared}; "
-                                     "add it there, or remove one of the files")
-            return labels
-        if len(set(named.values())) > 1:
-            print(f"{self.root}: the languages' files labels.txt differ; their union counts, in "
-                  f"order of first mention: {', '.join(union)}", file=sys.stderr)
+            return read_labels(shared)
+        named = [read_labels(path) for path in sorted(self.root.glob("*/labels.txt"))]
+        union = tuple(dict.fromkeys(label for labels in named for label in labels))
+        if len(set(named)) > 1:
+            warn(f"{self.root}: the languages' labels.txt differ; their union is used, in order of "
+                 f"first mention: {', '.join(union)}")
         return union or LABELS
 
     def languages(self):
         """Return all language codes, sorted."""
         return list(self._files)
 
-    def check(self, languages):
-        """Raise ValueError for a language that is not in the corpus, with the nearest code."""
-        for language in languages:
-            if language not in self._files:
-                hint = nearest(language, self._files)
-                raise ValueError(f"no language {language!r} in {self.root}{hint}")
-
     def splits(self, language):
-        """Return those of train, dev, test that a language has; ValueError for an unknown one."""
-        self.check([language])
-        return [split for split in SPLITS if split in self._files[language]]
+        """Return {split: path} of a language; ValueError, with the nearest code, if it is unknown.
+        """
+        check(language in self._files,
+              f"no language {language!r} in {self.root}{nearest(language, self._files)}")
+        return self._files[language]
 
     def read(self, language, split):
         """Return a list of Sentence; ValueError for an unknown language, FileNotFoundError for a
         split that it does not have."""
-        self.check([language])
-        files = self._files[language]
-        split = SPLIT_OF_FILE.get(split, split)
+        files = self.splits(language)
         if split not in files:
-            names = ", ".join(path.name for path in files.values())
-            path = self.root / language / f"{split}.tsv"
-            raise FileNotFoundError(f"{path}: no such split; {language} has {names}")
-        return read_tsv(files[split], self.labels)
+            raise FileNotFoundError(f"{self.root / language / split}.tsv: no such split; "
+                                    f"{language} has {', '.join(files)}")
+        path = files[split]
+        if path not in self._sentences:
+            self._sentences[path] = read_tsv(path, self.labels)
+        return self._sentences[path]
 
 
 def fingerprint(sentences):
@@ -211,6 +280,46 @@ def fingerprint(sentences):
     content = "".join(repr(tuple(sentence)) for sentence in sentences)
     return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
+
+LEAK = 0.02     # share of a split; single sentences are repeated in SIB-200, too
+
+
+def find_leaks(corpus, sources, targets):
+    """Say which test and dev sentences are not new to who trains on `sources` -> lines of text.
+
+    Told are test sentences that the sources' files hold (for another language, in any split), test
+    sentences whose index_id is in a source's train split, and dev sentences that are in train.
+    """
+    places = defaultdict(set)               # a text, or (index_id,) -> {(language, split)}
+    for language in sources:
+        for split in corpus.splits(language):
+            sentences = corpus.read(language, split)
+            # ids that merely number the lines of each file say nothing
+            numbered = all(s.index_id == str(i) for i, s in enumerate(sentences))
+            for sentence in sentences:
+                places[sentence.text].add((language, split))
+                if split == "train" and not numbered:
+                    places[sentence.index_id,].add((language, split))
+
+    lines = []
+    asked = [(code, "dev") for code in sources] + [(code, "test") for code in targets]
+    for language, split in asked:
+        sentences = corpus.read(language, split) if split in corpus.splits(language) else []
+        texts = [sentence.text for sentence in sentences]
+        ids = [(sentence.index_id,) for sentence in sentences]
+        for what, keys in (("text", texts), ("index_id", ids)):
+            found = Counter(place for key in keys for place in places.get(key, ()))
+            for (other, its_split), count in found.most_common():
+                itself = (other, its_split) == (language, split)
+                is_leak = its_split == "train" or (split == "test" and not itself)
+                if is_leak and count > LEAK * len(sentences):
+                    lines.append(f"{count} of {len(sentences)} {split} sentences of {language} are "
+                                 f"also in {its_split} of {other}, by their {what}")
+                    break
+    return lines
+
+
+# ---- Token ids -----------------------------------------------------------------------------------
 
 # Texts are tokenized in parts, for the tokenizer's records of a sentence take 14 KB meanwhile.
 TEXTS_AT_ONCE = 2048
@@ -224,20 +333,23 @@ def encode(texts, tokenizer, max_length):
     The ids include the special tokens. The tokenizer cuts a text of more than max_length tokens.
     """
     encoded = []
-    for start in range(0, len(texts), TEXTS_AT_ONCE):       # one token more shows what is too long
-        encoded += tokenize(texts[start:start + TEXTS_AT_ONCE], tokenizer, max_length + 1)
-    too_long = [i for i, ids in enumerate(encoded) if len(ids) > max_length]
-    for start in range(0, len(too_long), TEXTS_AT_ONCE):
-        part = too_long[start:start + TEXTS_AT_ONCE]
-        shorter = tokenize([texts[i] for i in part], tokenizer, max_length)
-        for i, ids in zip(part, shorter):
-            encoded[i] = ids
-    return encoded, len(too_long)
+    cut = 0
+    for start in range(0, len(texts), TEXTS_AT_ONCE):
+        part = texts[start:start + TEXTS_AT_ONCE]
+        rows = tokenize(part, tokenizer, max_length + 1)    # one token more shows what is too long
+        too_long = [i for i, ids in enumerate(rows) if len(ids) > max_length]
+        if too_long:
+            shorter = tokenize([part[i] for i in too_long], tokenizer, max_length)
+            for i, ids in zip(too_long, shorter):
+                rows[i] = ids
+        encoded += rows
+        cut += len(too_long)
+    return encoded, cut
 
 
 def tokenize(texts, tokenizer, max_length):
     """Tokenize texts at once -> list of int32 arrays of at most max_length token ids."""
-    with TOKENIZER_LOCK:
+    with TOKENIZER_LOCK, reading("the backbone's tokenizer fails"):
         output = tokenizer(texts, truncation=True, max_length=max_length,
                            return_attention_mask=False, return_token_type_ids=False)
     return [np.array(ids, dtype=np.int32) for ids in output["input_ids"]]
@@ -257,6 +369,8 @@ def collate(encoded, pad_id):
         attention_mask[i, :len(ids)] = 1
     return torch.from_numpy(input_ids), torch.from_numpy(attention_mask)
 
+
+# ---- Batches -------------------------------------------------------------------------------------
 
 # ours: before sorting, each length grows by a random share, up to this, of the mean length. More
 # noise mixes the sentences better and pads more. SIB-200, 12,000 word pieces, batches of 32:
@@ -318,221 +432,83 @@ def token_batches(lengths, budget, extra=0):
     return batches
 
 
-HUB_TIMEOUT = 30                            # seconds without a byte of answer
-HUB_WAITS = (1, 4, 16)                      # seconds before the second, third and last try
-TEMPORARY_STATUS = (408, 429, 500, 502, 503, 504)
+# ---- Folders and the hub -------------------------------------------------------------------------
 
+def locate(where, kind="model", patterns=None):
+    """Find a corpus, a backbone or a run -> (folder, identity: {name, revision, folder}).
 
-def locate(name, revision="main"):
-    """Find a corpus, a folder or a dataset on the hub -> (folder of the languages, revision).
-
-    The revision is "local" or the commit. FileNotFoundError says what was wanted and what to do.
+    where: {name, revision}, and for what was a folder when a run was trained that `folder`. What
+    exists is a folder, and its revision is "local". The hub is not asked for what was a folder, nor
+    for a mistyped path: a missing folder in one that exists. There kind is "dataset" or "model",
+    the files that match `patterns` come in one snapshot, and the revision is the commit; without
+    patterns the name itself is returned, for transformers to fetch. FileNotFoundError in one line.
     """
-    folder = Path(os.path.expanduser(name))
-    beside_this_file = Path(__file__).resolve().parent / name
-    if not folder.is_dir() and beside_this_file.is_dir():
-        folder = beside_this_file
-    if folder.is_dir():
-        revision = "local"
-    elif re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
-        folder = download(name, revision, "dataset", ["data/*.tsv", "data/*labels.txt"])
-        revision = folder.name
-    else:
-        raise FileNotFoundError(f"data.name: {name!r} is neither a folder nor a dataset on the hub")
+    name = where["name"]
+    revision = where["revision"]
+    path = Path(name).expanduser()
+    for folder in (Path(where.get("folder", path)), path, HERE / name):
+        if folder.is_dir():
+            folder = folder.resolve()
+            return folder, {"name": name, "revision": "local", "folder": str(folder)}
+    on_hub = re.fullmatch(r"\w[\w.-]*/[\w.-]+" if patterns else r"\w[\w.-]*(/[\w.-]+)?", name)
+    mistyped = path.parent != Path(".") and path.parent.is_dir()
+    if not on_hub or revision == "local" or mistyped:
+        raise FileNotFoundError(f"{name}: no such folder in {Path.cwd()}")
+    if patterns is None:
+        return name, {"name": name, "revision": revision}
+    import huggingface_hub
+    try:
+        folder = Path(huggingface_hub.snapshot_download(name, repo_type=kind, revision=revision,
+                                                        allow_patterns=patterns))
+    except Exception as error:              # the client's own, httpx's and the system's
+        raise FileNotFoundError(f"{name} (revision {revision}): {why_not_on_hub(error)}") from None
+    return folder, {"name": name, "revision": folder.name}
+
+
+def why_not_on_hub(error):
+    """What an error of the hub's client means for the user, in one line."""
+    return (f"not a folder here, and the hub does not give it: {type(error).__name__}: "
+            f"{shorten(error, 160)} (offline? --data FOLDER and --backbone FOLDER take a copy; "
+            f"private or gated? `hf auth login` first)")
+
+
+def open_corpus(where):
+    """Name and revision of a corpus -> (Corpus, identity). For both, and errors, see `locate`."""
+    folder, identity = locate(where, "dataset", ["data/*.tsv", "data/*labels.txt"])
     if (folder / "data").is_dir():
         folder = folder / "data"
-    return folder, revision
+    return Corpus(folder), identity
 
 
-def download(name, revision, kind, patterns=None, leave_out=None):
-    """Fetch files of a repository on the hub -> folder (Path), named after the commit.
-
-    `kind` is "model" or "dataset". Files that match one of `patterns` (None: all) and none of
-    `leave_out` are fetched in one snapshot, for hundreds of single requests end in "429 too many
-    requests", and compared with their hashes. Temporary trouble is tried again; then
-    FileNotFoundError says in one line what was wanted.
-    """
-    import huggingface_hub
-    for wait in (*HUB_WAITS, None):
-        try:
-            limit_waiting(huggingface_hub.get_session())
-            folder = Path(huggingface_hub.snapshot_download(
-                name, repo_type=kind, revision=revision, max_workers=4,
-                allow_patterns=patterns, ignore_patterns=leave_out))
-            verify(folder, patterns, leave_out)
-            return folder
-        except Exception as error:          # the client's, httpx's, requests' and the system's
-            if wait is None or not is_temporary(error):
-                reason = (str(error).strip() or "no answer").splitlines()[0]
-                raise FileNotFoundError(
-                    f"cannot get the {kind} {name} (revision {revision}) from the hub: "
-                    f"{type(error).__name__}: {shorten(reason, 160)} (offline? --data FOLDER and "
-                    "--backbone FOLDER take a copy; private or gated? `hf auth login` first)"
-                ) from None
-            time.sleep(wait)
-
-
-def limit_waiting(session):
-    """Give each request of the hub's client a timeout: else a server could let us wait for ever.
-
-    Called before each try, for the client opens a new session after some errors. Only the sessions
-    of httpx, in huggingface_hub 1, have hooks for this.
-    """
-    hooks = getattr(session, "event_hooks", None)
-    if hooks and set_timeouts not in hooks["request"]:
-        hooks["request"].append(set_timeouts)
-
-
-def set_timeouts(request):
-    """Set those of a request's timeouts (connect, read, write, pool) that the client left open."""
-    timeouts = request.extensions["timeout"]
-    for phase, seconds in timeouts.items():
-        if seconds is None:
-            timeouts[phase] = HUB_TIMEOUT
-
-
-def is_temporary(error):
-    """Tell whether an error of the hub's client may be gone at the next try."""
-    if isinstance(error, ConnectionError) or "Timeout" in type(error).__name__:
-        return True
-    for cause in (error, error.__cause__):  # a LocalEntryNotFoundError: the answer is in its cause
-        response = getattr(cause, "response", None)
-        if getattr(response, "status_code", None) in TEMPORARY_STATUS:
-            return True
-    return False
-
-
-def verify(folder, patterns=None, leave_out=None):
-    """Compare the files that were asked for (see download) with their hashes, for the hub's client
-    compares sizes only. Those that differ are removed, to be fetched anew; then ConnectionError."""
-    damaged = set()
-    for file in folder.rglob("*"):
-        name = str(file.relative_to(folder))
-        wanted = patterns is None or matches_any(name, patterns)
-        if leave_out and matches_any(name, leave_out):
-            wanted = False
-        if wanted and file.is_symlink():    # to a file of the cache that is named after its hash
-            blob = file.resolve()
-            if hash_like_name(blob) != blob.name:
-                damaged.add(blob)
-    for blob in damaged:
-        blob.unlink()
-    if damaged:
-        raise ConnectionError(f"{len(damaged)} files have other content than the hub announced "
-                              "and are removed")
-
-
-def matches_any(name, patterns):
-    """Tell whether a file's name matches one of the patterns, as the hub's client matches them."""
-    return any(fnmatch(name, pattern) for pattern in patterns)
-
-
-def hash_like_name(blob):
-    """Return the hash of a cached file, of the kind that its name has: git's SHA-1, or SHA-256 for
-    a large file. A name of any other kind is returned itself, for it tells nothing."""
-    if len(blob.name) == 40:
-        digest = hashlib.sha1(b"blob %d\0" % blob.stat().st_size)
-    elif len(blob.name) == 64:
-        digest = hashlib.sha256()
-    else:
-        return blob.name
-    with blob.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-ERROR_LENGTH = 1000                         # characters: a file must not flood the terminal
-
-
-def shorten(text, limit):
-    """Return the text in one line of about `limit` characters at most, cut after a word."""
-    text = " ".join(text.split())
-    if len(text) <= limit:
-        return text
-    whole_words = text[:limit].rsplit(" ", 1)[0]
-    return f"{whole_words} ..."
-
-
-def count_sentences(corpus):
-    """Read a whole corpus -> {language: (train, dev, test)}, {language: n}, list of errors.
-
-    The first has the numbers of sentences, "-" for a split that the language does not have and "?"
-    for one that cannot be read; the second has the number of test texts that are in train too.
-    """
-    counts = {}
-    repeated = {}
-    errors = []
-    for language in corpus.languages():
-        numbers = dict.fromkeys(SPLITS, "-")
-        texts = dict.fromkeys(SPLITS, set())
-        for split in corpus.splits(language):
-            try:
-                sentences = corpus.read(language, split)
-            except (ValueError, OSError) as error:
-                errors.append(str(error))
-                numbers[split] = "?"
-            else:
-                numbers[split] = len(sentences)
-                texts[split] = {sentence.text for sentence in sentences}
-        counts[language] = tuple(numbers.values())
-        in_both = texts["train"] & texts["test"]
-        if in_both:
-            repeated[language] = len(in_both)
-    return counts, repeated, errors
-
+# ---- The command ---------------------------------------------------------------------------------
 
 def main(argv=None):
-    """Count the sentences of all languages -> status: 0, or 2 if a file cannot be read."""
-    parser = argparse.ArgumentParser(description="Check and count the sentences of a corpus.")
-    parser.add_argument("--data", required=True,
-                        help="folder <language>/{train,dev,test}.tsv, or a dataset on the hub")
-    folder, _ = locate(parser.parse_args(argv).data)
-    corpus = Corpus(folder)
-    counts, repeated, errors = count_sentences(corpus)
-
-    languages_with = {}                     # (train, dev, test) -> languages with these numbers
-    total = 0
-    for language, numbers in counts.items():
-        languages_with.setdefault(numbers, []).append(language)
-        total += sum(number for number in numbers if isinstance(number, int))
+    """Count the sentences of all languages."""
+    options = "--data DIR  folder <language>/{train,dev,test}.tsv, or a dataset on the hub"
+    parser = make_parser("Check and count the sentences of a corpus.", options)
+    args = parser.parse_args(argv)
+    check(args.data, "--data is missing")
+    corpus, _ = open_corpus({"name": args.data, "revision": "main"})
+    languages_with = defaultdict(list)      # numbers of sentences -> languages with these numbers
+    labels = Counter()
+    for language in corpus.languages():
+        numbers = []
+        for split in SPLITS:
+            sentences = corpus.read(language, split) if split in corpus.splits(language) else []
+            labels.update(corpus.labels[sentence.label] for sentence in sentences)
+            numbers.append(len(sentences))
+        languages_with[tuple(numbers)].append(language)
     print(f"{'languages':<32}{'train':>8}{'dev':>8}{'test':>8}")
-    for (train, dev, test), languages in languages_with.items():
-        names = ", ".join(languages)
-        if len(languages) > 3:
-            names = f"{languages[0]}, {languages[1]} ... {languages[-1]}"
+    for (train, dev, test), codes in languages_with.items():
+        names = ", ".join(codes)
+        if len(codes) > 3:
+            names = f"{codes[0]}, {codes[1]} ... {codes[-1]}"
         print(f"{names:<32}{train:>8}{dev:>8}{test:>8}")
-    print(f"{len(counts)} languages, {total:,} sentences, {len(corpus.labels)} labels: "
-          + ", ".join(corpus.labels))
-    if repeated:
-        pairs = ", ".join(f"{language} {number}" for language, number in repeated.items())
-        print(f"texts of test that are in train too: {pairs}")
-    for error in errors:
-        print(f"error: {shorten(error, ERROR_LENGTH)}", file=sys.stderr)
-    return 2 if errors else 0
-
-
-def run_main(main):
-    """Run a script's main: every error that a person can cause ends in one line and status 2."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:       # as train.py has it during imports
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        status = main()
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        status = 130
-    except BrokenPipeError:                 # `| head` has seen enough: drop what is left to print
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 1
-    except torch.OutOfMemoryError as error:
-        print(f"error: {shorten(str(error), ERROR_LENGTH)}; lower evaluate.tokens (config.yaml; "
-              f"for a run of your own, the config.yaml in its folder)", file=sys.stderr)
-        status = 2
-    except (ValueError, OSError) as error:
-        print(f"error: {shorten(str(error), ERROR_LENGTH)}", file=sys.stderr)
-        status = 2
-    sys.exit(status)
+    print(f"{len(corpus.languages())} languages, {labels.total():,} sentences, "
+          f"{len(corpus.labels)} labels: "
+          + ", ".join(f"{label} {labels[label]:,}" for label in corpus.labels))
+    for line in find_leaks(corpus, corpus.languages(), corpus.languages()):
+        print(line)
 
 
 if __name__ == "__main__":

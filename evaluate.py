@@ -15,19 +15,12 @@ and from Python:
     classifier = evaluate.load("runs/xpe-joshi5-s11")
     labels, probabilities = classifier(["The match was decided in the last minute."])
 
-Read downwards: predictions, metrics, runs, classifier, scoring, files and tables, the command.
+Read downwards: predictions, metrics, classifier, scoring, tables, the command.
 """
-import argparse
-import csv
-import hashlib
-import io
-import json
 import os
-import re
-import shlex
 import sys
-import tempfile
 import time
+from collections import defaultdict
 from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
@@ -37,14 +30,16 @@ import torch
 from tqdm import tqdm
 
 import xpe
-from backbone import (check_backbone, load_backbone, pick_attention, pick_device, pick_precision,
-                      place, tokenizer_fingerprint)
-from config import dump_config, read_config, resolve_group, resolve_targets, warn
-from data import (LABELS, SPLITS, Corpus, collate, download, encode, fingerprint, locate, nearest,
-                  run_main, token_batches)
+from backbone import (check_backbone, first_position_only, load_backbone, pick_device,
+                      pick_precision, place, tokenizer_fingerprint)
+from config import CHOICES, dump_config, resolve_group, resolve_targets
+from data import (check, collate, decode, encode, fingerprint, make_parser,
+                  open_corpus, reading, run_main, shorten_list, tidy, token_batches, warn)
+from runs import (Run, method_name, read_json, read_tensors, save_prompt, write_atomically,
+                  write_csv, write_json)
 
 
-# ---- Predictions ----
+# ---- Predictions ---------------------------------------------------------------------------------
 
 @torch.no_grad()
 def predict(model, encoded, pad_id, owner=None, budget=16384, autocast=nullcontext, progress=False):
@@ -71,7 +66,7 @@ def predict(model, encoded, pad_id, owner=None, budget=16384, autocast=nullconte
     return logits
 
 
-# ---- Metrics, all in percent ----
+# ---- Metrics, all in percent ---------------------------------------------------------------------
 
 def accuracy(labels, predicted):
     """Percent of the predictions that equal their label."""
@@ -81,13 +76,12 @@ def accuracy(labels, predicted):
 def macro_f1(labels, predicted):
     """Percent: the mean of F1 over the classes that occur as label or as prediction
     (scikit-learn's `macro`)."""
-    labels = np.asarray(labels)
-    predicted = np.asarray(predicted)
     scores = []
     for label in np.union1d(labels, predicted):
-        hits = np.sum((labels == label) & (predicted == label))
-        occurrences = np.sum(labels == label) + np.sum(predicted == label)
-        scores.append(2 * hits / occurrences)
+        is_label = np.equal(labels, label)
+        is_predicted = np.equal(predicted, label)
+        hits = np.sum(is_label & is_predicted)
+        scores.append(2 * hits / (np.sum(is_label) + np.sum(is_predicted)))
     return 100.0 * float(np.mean(scores))
 
 
@@ -114,169 +108,7 @@ def group_means(scores, config, sources):
     return means
 
 
-def method_name(kind, prompt_config):
-    """The name of a method in tables and folders: spt, xpe, dual30, xpe-lstm ..."""
-    name = kind
-    if kind == "dual":
-        name += str(round(100 * prompt_config["ratio"]))
-    if kind in ("dual", "xpe") and prompt_config["encoder"] != "mlp":
-        name += "-" + prompt_config["encoder"]
-    return name
-
-
-# ---- Runs: where a prompt is, and what its files say ----
-
-class Run:
-    """A trained prompt and all that is needed to use it.
-
-    where: a run folder or a name on the hub. backbone, data: a folder or hub name instead of the
-    run's own. trust: run the code that comes with the backbone. Raises FileNotFoundError for what
-    is not there, ValueError for files that cannot be used.
-
-    .name, .folder; .prompt (or None), .head, .meta (see xpe.load_prompt); .config (see
-    config.yaml); .sources, codes of languages; .released: in the form of the authors' release;
-    .results: the folder for its scores; .changed: what of "backbone" and "data" is not its own.
-    """
-
-    def __init__(self, where, backbone=None, data=None, trust=False):
-        self.name, self.folder, from_hub = find_run(where)
-        self.prompt, self.head, self.meta = read_prompt(self.folder)
-        self.released = not (self.folder / "prompt.json").is_file()
-        self.config = self.read_own_config()
-        if self.released:
-            self.complete_release()
-        self.sources = self.meta.get("sources")
-        is_list = isinstance(self.sources, list)
-        if not is_list or not all(isinstance(code, str) for code in self.sources):
-            path = self.folder / "prompt.json"
-            raise ValueError(f"{path}: 'sources' must be a list of language codes")
-        # a folder of the authors and the hub's cache are not ours to write to
-        self.results = self.folder
-        if self.released or from_hub:
-            self.results = Path("runs") / self.name
-        self.config["backbone"]["trust_remote_code"] = trust    # never the run's own file's to say
-        self.changed = []
-        self.choose("backbone", backbone)
-        self.choose("data", data)
-
-    def read_own_config(self):
-        """The configuration saved with the run; without one, the groups are config.yaml's."""
-        path = self.folder / "config.yaml"
-        if path.is_file():
-            return read_config(path)
-        if not self.released:
-            warn(f"{path} is missing: the target groups are those of the default config.yaml")
-        return read_config()
-
-    def complete_release(self):
-        """What the authors' files do not say, the names of their repositories and branches do."""
-        if len(self.meta["labels"]) == len(LABELS):
-            self.meta["labels"] = list(LABELS)
-        group = re.search("-(seen|joshi5)", self.name)
-        if not group:
-            warn(f"{self.name}: its name says no source group, so joshi5 is assumed")
-        self.meta["sources"] = resolve_group(self.config, group[1] if group else "joshi5")
-        seed = re.search(r"seed-0*(\d+)", self.name)
-        self.meta["seed"] = int(seed[1]) if seed else 1
-
-    def choose(self, section, given):
-        """Set name and revision of the run's backbone or data: what was given, or else its own."""
-        own = self.meta.get(section)
-        if not isinstance(own, dict):
-            own = {}
-        if given and not same_place(given, own.get("name")):
-            self.changed.append(section)
-            self.config[section]["name"] = given
-            self.config[section]["revision"] = "main"
-            return
-        for key in ("name", "revision"):
-            if isinstance(own.get(key), str):
-                self.config[section][key] = own[key]
-        if self.config[section]["revision"] == "local":         # what a folder has instead of one
-            self.config[section]["revision"] = "main"
-
-    def prompt_fingerprint(self):
-        """A short hash of the trained tensors."""
-        digest = hashlib.sha256()
-        for module in (self.prompt, self.head):
-            if module is not None:
-                for tensor in module.state_dict().values():
-                    digest.update(tensor.cpu().numpy().tobytes())
-        return digest.hexdigest()[:16]
-
-
-def find_run(where):
-    """A path or hub name -> (name of the run, its folder, whether it came from the hub)."""
-    path = Path(os.path.expanduser(where))
-    if path.is_dir():
-        return path.resolve().name, path, False
-    if path.exists():
-        raise FileNotFoundError(f"{where}: is a file, and a run is a folder")
-    if any(letter in str(where) for letter in "*?["):
-        raise FileNotFoundError(f"{where}: no folder matches")
-    name, _, revision = str(where).partition("@")
-    # a missing folder in one that exists, runs/typo say, is no reason to ask the hub
-    is_hub_name = re.fullmatch(r"\w[\w-]*/[\w.-]+", name) and not name.startswith("runs/")
-    if not is_hub_name or path.parent.is_dir():
-        raise FileNotFoundError(f"{where}: no such run folder")
-    patterns = ["*.json", "*.safetensors", "config.yaml"]
-    folder = download(name, revision or "main", "model", patterns)
-    return str(where).replace("/", "--"), folder, True
-
-
-def why_no_run(folder):
-    """What is wrong with a folder that holds no prompt, or None for one that does."""
-    if (folder / "prompt.json").is_file() or (folder / "adapter_config.json").is_file():
-        return None
-    if (folder / "checkpoint.pt").is_file() or (folder / "pass.json").is_file():
-        return "its training has not come to an end (`train.py ... --resume` goes on)"
-    if any(folder.glob("*/prompt.json")):
-        return f"holds runs, but is none itself: say {shlex.quote(str(folder))}/*"
-    return "holds no prompt.json: not a run, or not yet trained"
-
-
-def read_prompt(folder):
-    """-> (prompt or None, head, meta) of a run folder, of an older one, or of the authors'."""
-    path = folder / "prompt.json"
-    problem = why_no_run(folder)
-    if problem:
-        raise FileNotFoundError(f"{folder}: {problem}")
-    if not path.is_file():
-        from formats import read_authors
-        return read_authors(folder)
-    if not (folder / "prompt.safetensors").is_file():
-        raise FileNotFoundError(f"{folder}: prompt.safetensors, the trained tensors, is missing; "
-                                f"prompt.json alone is no prompt")
-    if xpe.read_json(path).get("format") == 1:
-        from formats import read_format_1
-        return read_format_1(folder)
-    return xpe.load_prompt(folder)
-
-
-def same_place(a, b):
-    """Whether two names of folders or hub repositories mean the same."""
-    if not isinstance(b, str):
-        return False
-    paths = [Path(os.path.expanduser(name)).resolve() for name in (a, b)]
-    return a == b or paths[0] == paths[1]
-
-
-def group_runs(runs):
-    """Runs -> lists of runs that can share one pass through the backbone, in order."""
-    groups = {}
-    for run in runs:
-        key = {name: run.meta[name] for name in ("reads", "max_length", "labels")}
-        key["prompt length"] = run.prompt.length if run.prompt is not None else 0
-        key["backbone"] = run.config["backbone"]
-        key["data"] = run.config["data"]
-        key["frozen weights"] = run.config["train"]["frozen_weights"]
-        if run.meta["kind"] == "full":          # has a backbone of its own
-            key["folder"] = str(run.folder)
-        groups.setdefault(json.dumps(key, sort_keys=True), []).append(run)
-    return list(groups.values())
-
-
-# ---- Classifier: runs that share a backbone, ready to answer ----
+# ---- Classifier: runs that share a backbone, ready to answer -------------------------------------
 
 class Classifier:
     """Prompts of one backbone, ready to classify texts. `load` makes one from a run folder.
@@ -286,56 +118,52 @@ class Classifier:
     """
 
     def __init__(self, runs, device, amp="auto"):
-        run = runs[0]
-        self.runs = runs
-        self.labels = run.meta["labels"]
-        self.max_length = run.meta["max_length"]
-        self.budget = run.config["evaluate"]["tokens"]
-        self.device = device
-        self.precision = pick_precision(amp, device)
-
-        backbone, self.tokenizer = self.load_backbone()
-        prompts = None
-        if run.prompt is not None:
-            prompts = [run.prompt.collapse() for run in runs]
-        heads = [run.head for run in runs]
-        frozen = run.meta["kind"] != "full"
-        self.model = xpe.PromptedClassifier(backbone, prompts, heads, run.meta["reads"], frozen)
-        frozen_weights = run.config["train"]["frozen_weights"]
-        self.autocast = place(self.model, device, self.precision, frozen_weights)
-        self.model.eval()
-
-    def load_backbone(self):
-        """-> (backbone, tokenizer). Warns where they are not those that a run was trained with."""
-        first = self.runs[0]
-        reads = first.meta["reads"]
+        first = runs[0]
         settings = first.config["backbone"]
-        attention = pick_attention(settings["attention"], self.device, self.precision)
-        backbone, tokenizer, self.identity = load_backbone(
-            settings["name"], settings["revision"], attention, settings["trust_remote_code"])
-        check_backbone(backbone, tokenizer, self.identity, reads)
-        for run in self.runs:
-            warn_if_other(run, "backbone's weights", self.identity["fingerprint"],
-                          run.meta["backbone"].get("fingerprint"))
-            warn_if_other(run, "tokenizer", tokenizer_fingerprint(tokenizer),
-                          run.meta.get("tokenizer"))
-        if first.meta["kind"] == "full":
-            load_tuned_weights(backbone, first.folder / "backbone.safetensors")
+        self.runs = runs
+        self.labels = first.meta["labels"]
+        self.max_length = first.meta["max_length"]
+        self.budget = first.config["evaluate"]["tokens"]
+        self.precision = pick_precision(amp, device)
+        backbone, self.tokenizer, self.identity = load_backbone(
+            first.meta["backbone"], device, self.precision, settings["attention"],
+            settings["trust_remote_code"])
+        reads = first.meta["reads"]
+        check_backbone(backbone, self.tokenizer, self.identity, reads)
+        for run in runs:
+            for what, now, then in (
+                    ("backbone's weights", self.identity["fingerprint"],
+                     run.meta["backbone"].get("fingerprint")),
+                    ("tokenizer", tokenizer_fingerprint(self.tokenizer),
+                     run.meta.get("tokenizer"))):
+                if then and then != now:
+                    warn(f"{run.name}: the {what} ({now}) are not those that it was trained with "
+                         f"({then})")
+        frozen = first.meta["kind"] != "full"
+        if not frozen:
+            path = first.folder / "backbone.safetensors"
+            with reading(path):
+                backbone.load_state_dict(read_tensors(path))
         if reads == "prompt" or (reads == "first" and first.prompt is None):
             backbone = first_position_only(backbone)
-        return backbone, tokenizer
+        prompts = [run.prompt.collapse() for run in runs if run.prompt is not None]
+        heads = [run.head for run in runs]
+        self.model = xpe.PromptedClassifier(backbone, prompts, heads, reads, frozen)
+        self.autocast = place(self.model, device, self.precision,
+                              first.config["train"]["frozen_weights"])
+        self.model.eval()
 
     def __call__(self, texts):
         """Classify any number of texts, in order -> (labels, a list of str; probabilities (n, C)).
 
-        The classes are in the order of `.labels`. Raises TypeError for what is no list of texts.
+        The classes are in the order of `.labels`. Raises TypeError for what is not a list of texts.
         """
         if isinstance(texts, str):
             raise TypeError("give a list of texts, not one text")
         texts = list(texts)
         for number, text in enumerate(texts):
             if not isinstance(text, str):
-                raise TypeError(f"text {number} is no text but {text!r}")
+                raise TypeError(f"text {number} must be a str, got {text!r}")
         probabilities = self.answer([texts])[0]
         best = probabilities.argmax(dim=1).tolist()
         return [self.labels[label] for label in best], probabilities
@@ -357,9 +185,9 @@ class Classifier:
         logits = predict(self.model, ids, pad_id, owner, self.budget, self.autocast, progress)
         logits_of_runs = logits.split(sizes)
         for run, run_logits in zip(self.runs, logits_of_runs):
-            if not run_logits.isfinite().all():
-                raise ValueError(f"{run.name}: its logits are not finite numbers "
-                                 f"(computed in precision {self.precision}; --amp off is float32)")
+            check(run_logits.isfinite().all(),
+                  f"{run.name}: its logits are not finite numbers (computed in precision "
+                  f"{self.precision}; --amp off is float32)")
         return [run_logits.softmax(dim=1) for run_logits in logits_of_runs]
 
 
@@ -377,166 +205,24 @@ def load(run, device="auto", backbone=None, amp="auto"):
     return Classifier([Run(run, backbone)], pick_device(device), amp)
 
 
-def warn_if_other(run, what, fingerprint_now, fingerprint_in_training):
-    """Warn where a run meets another backbone or tokenizer than it was trained with."""
-    if fingerprint_in_training and fingerprint_now != fingerprint_in_training:
-        warn(f"{run.name}: the {what} ({fingerprint_now}) are not those that it was trained with "
-             f"({fingerprint_in_training})")
-
-
-def load_tuned_weights(backbone, path):
-    """Load the weights that full fine-tuning saved; ValueError if they do not fit the backbone."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: the weights of this fully fine-tuned run are missing")
-    try:
-        backbone.load_state_dict(xpe.read_tensors(path))
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path}: does not fit the backbone: {reason}") from None
-
-
-def first_position_only(backbone):
-    """The same answers with less work, where speed.py is there and knows the backbone."""
-    try:
-        import speed
-    except ModuleNotFoundError:
-        return backbone
-    return speed.first_position_only(backbone)
-
-
-# ---- Scoring on a split ----
-
-class Scores:
-    """The sentences of one split that a run answers, and what it reached.
-
-    .sentences: (language, Sentence) pairs, one language after the other. .facts: what computed them
-    and on which data. `fill` adds .probabilities (n, C) and .lines, those of <split>.csv: for each
-    language a dict of language, n, accuracy, macro_f1 and majority.
-    """
-
-    def __init__(self, run, split, sentences, facts):
-        self.run = run
-        self.split = split
-        self.sentences = sentences
-        self.facts = facts
-        self.identity = None                    # of the backbone: see load_backbone
-        self.probabilities = None
-        self.lines = []
-
-    def fill(self, probabilities):
-        """Add the probabilities of all sentences, (n, C), and compute the lines."""
-        self.probabilities = probabilities
-        predicted = probabilities.argmax(dim=1).tolist()
-        pairs_of = {}                           # language -> [(label, predicted)]
-        for (language, sentence), guess in zip(self.sentences, predicted):
-            pairs_of.setdefault(language, []).append((sentence.label, guess))
-        for language, pairs in pairs_of.items():
-            labels, guesses = zip(*pairs)
-            self.lines.append({
-                "language": language, "n": len(labels), "accuracy": accuracy(labels, guesses),
-                "macro_f1": macro_f1(labels, guesses), "majority": majority(labels)})
-
-    def prediction_lines(self):
-        """Lines of <split>_predictions.csv, made when written: those of ten runs fill a memory."""
-        names = self.run.meta["labels"]
-        for (language, sentence), shares in zip(self.sentences, self.probabilities.tolist()):
-            predicted = names[shares.index(max(shares))]
-            label = names[sentence.label]
-            figures = [f"{share:.5f}" for share in shares]
-            yield [language, sentence.index_id, label, predicted, *figures]
-
-
-def open_corpus(run):
-    """-> (Corpus, revision) of a run's data; ValueError if its labels are not the run's."""
-    settings = run.config["data"]
-    folder, revision = locate(settings["name"], settings["revision"])
-    corpus = Corpus(folder)
-    labels = run.meta["labels"]
-    if list(corpus.labels) != labels:
-        advice = ""
-        if set(corpus.labels) <= set(labels):
-            advice = f"; write these, in this order, to {folder / 'labels.txt'}"
-        raise ValueError(f"{folder} has the labels {', '.join(corpus.labels)}; {run.name} was "
-                         f"trained on {', '.join(labels)}{advice}")
-    return corpus, revision
-
-
-def choose_languages(run, corpus, split, languages):
-    """The languages that a run is scored on: those asked for; else, for an adapted prompt, its own;
-    else all of the corpus that have the split."""
-    if languages:
-        return languages
-    if "adapted_to" in run.meta:
-        return [run.meta["adapted_to"]]
-    with_split = [code for code in corpus.languages() if split in corpus.splits(code)]
-    if not with_split:
-        raise FileNotFoundError(f"{corpus.root}: no language has a file {split}.tsv")
-    return with_split
-
-
-def warn_about_absent(runs, corpus, split):
-    """Say which languages cannot be scored: targets that the corpus lacks, and those without the
-    split."""
-    without = [code for code in corpus.languages() if split not in corpus.splits(code)]
-    if without:
-        warn(f"{corpus.root}: without {split}.tsv, so not scored: {shorten_list(without)}")
-    targets = []
+def group_runs(runs):
+    """Runs -> lists of runs that can share one pass through the backbone, in order."""
+    groups = {}
     for run in runs:
-        for codes in resolve_targets(run.config).values():
-            targets += codes
-    absent = [code for code in dict.fromkeys(targets) if code not in corpus.languages()]
-    if absent:
-        warn(f"{corpus.root}: lacks {len(absent)} of the target languages: {shorten_list(absent)}")
+        where = [run.meta[section][key] for section in ("backbone", "data")
+                 for key in ("name", "revision")]
+        how = [run.meta[name] for name in ("reads", "max_length", "labels")]
+        # full fine-tuning has a backbone of its own
+        rows = run.prompt.length if run.prompt else str(run.folder)
+        key = repr([where, how, rows, run.config["train"]["frozen_weights"]])
+        groups.setdefault(key, []).append(run)
+    return list(groups.values())
 
 
-def shorten_list(words):
-    """'a, b, c', with no more than six of them written out."""
-    if len(words) <= 6:
-        return ", ".join(words)
-    return f"{', '.join(words[:6])} and {len(words) - 6} more"
-
-
-def read_sentences(corpus, split, languages, known):
-    """(language, Sentence) pairs of a split; known: {language: sentences}, what was read before."""
-    pairs = []
-    for language in languages:
-        if language not in known:
-            known[language] = corpus.read(language, split)
-        pairs += [(language, sentence) for sentence in known[language]]
-    return pairs
-
-
-def prepare_group(runs, split, languages):
-    """Read what the runs of one group are to answer -> Scores of each, not yet filled."""
-    corpus, revision = open_corpus(runs[0])
-    if not languages and "adapted_to" not in runs[0].meta:
-        warn_about_absent(runs, corpus, split)
-    known = {}
-    prepared = []
-    for run in runs:
-        codes = choose_languages(run, corpus, split, languages)
-        sentences = read_sentences(corpus, split, codes, known)
-        backbone = run.config["backbone"]
-        facts = {"revision": revision, "data": fingerprint([sentence for _, sentence in sentences]),
-                 "prompt": run.prompt_fingerprint(),
-                 "backbone": {"name": backbone["name"], "revision": backbone["revision"]}}
-        prepared.append(Scores(run, split, sentences, facts))
-    return prepared
-
-
-def fill_group(prepared, device, amp):
-    """Compute the scores of the runs of one group, in one pass through their backbone."""
-    classifier = Classifier([scores.run for scores in prepared], device, amp)
-    texts_of_runs = []
-    for scores in prepared:
-        texts_of_runs.append([sentence.text for _, sentence in scores.sentences])
-    answers = classifier.answer(texts_of_runs, progress=True)
-    for scores, probabilities in zip(prepared, answers):
-        scores.facts["precision"] = classifier.precision
-        scores.facts["device"] = device.type
-        scores.identity = classifier.identity
-        scores.fill(probabilities)
-
+# ---- Scoring on a split --------------------------------------------------------------------------
+# A run that is scored gets .out, the folder for its scores, or None; .sentences, pairs (language,
+# Sentence); .facts, what computes the scores and on which data; .probabilities (n, C); .lines,
+# those of <split>.csv.
 
 def score_runs(runs, split="test", languages=None, device=None, amp="auto", out=None, show=True,
                again=True):
@@ -547,284 +233,209 @@ def score_runs(runs, split="test", languages=None, device=None, amp="auto", out=
     folder. If `languages` are given, or backbone or data are not the run's own, nothing is written
     unless `out` is given. again=False: a run with scores of the same prompt, data and backbone
     (and precision, unless `amp` is auto) is shown, not computed. Raises, before anything is
-    computed, OSError for a folder that cannot be written to and, with again=False, ValueError where
+    computed, ValueError where two runs would write to one folder and, with again=False, where
     scores of other languages would be lost.
     """
+    start = time.time()
     device = device or pick_device()
-    if languages and show and not out:
-        warn("languages are named, so nothing is written; --out FOLDER keeps the scores")
-    folders = {run: result_folder(run, languages, out) for run in runs}
-    check_folders([folder for folder in folders.values() if folder])
-    groups = group_runs(runs)
-    if not again:
-        check_nothing_is_lost(groups, folders, split, languages)
-    lines_of = {}
-    for group in groups:
-        start = time.time()
+    for group in group_runs(runs):
+        prepare_group(group, split, languages, amp, out, again)
+    folders = [run.out for run in runs if run.out]
+    check(len(set(folders)) == len(folders), "two of the runs would write to one folder: score "
+                                             "them one by one, with an --out of their own")
+    to_compute = [run for run in runs if not run.lines]
+    for group in group_runs(to_compute):
+        compute(group, device, amp)
         for run in group:
-            warn_about_sources(run, languages)
-        prepared = prepare_group(group, split, languages)
-        for scores in prepared:
-            if amp != "auto":
-                scores.facts["precision"] = amp
-            if not again and folders[scores.run]:
-                scores.lines = read_scores(scores, folders[scores.run])
-        to_compute = [scores for scores in prepared if not scores.lines]
-        if to_compute:
-            fill_group(to_compute, device, amp)
-        for scores in prepared:
-            run = scores.run
-            lines_of[run] = scores.lines
-            if show:
-                print(table(run, scores.lines, every_language=len(runs) < 4))
-            finish_run(scores, folders[run], scores in to_compute, show)
-        if to_compute and show:
-            print_work_done(to_compute, time.time() - start)
-    return [lines_of[run] for run in runs]
-
-
-def finish_run(scores, folder, computed, show):
-    """Write what was computed, and say where the scores are."""
-    if folder is None:
-        return
-    line = f"  {folder}: scored already; --again scores anew"
-    if computed:
-        write_scores(scores, folder)
-        line = f"  {folder}/{scores.split}.csv, .json, _predictions.csv"
+            if run.out:
+                write_scores(run, split)
     if show:
-        print(line)
+        for run in runs:
+            print(table(run, every_language=len(runs) < 4))
+            told = "not written: --out FOLDER keeps the scores"
+            if run.out and run in to_compute:
+                told = f"{run.out}/{split}.csv, .json, _predictions.csv"
+            elif run.out:
+                told = f"{run.out}: scored already; --again scores anew"
+            print(f"  {told}")
+        count = sum(len(run.sentences) for run in to_compute)
+        print(f"{count:,} sentences in {time.time() - start:.1f} s, loading included\n")
+        if len(runs) > 1:
+            print(method_table(runs))
+    return [run.lines for run in runs]
 
 
-def print_work_done(computed, seconds):
-    """How many sentences of how many languages were scored, in which time."""
-    languages = {language for scores in computed for language, _ in scores.sentences}
-    sentences = sum(len(scores.sentences) for scores in computed)
-    of = f"{len(languages)} languages" if len(languages) > 1 else "one language"
-    runs = f", by {len(computed)} runs together" if len(computed) > 1 else ""
-    print(f"{sentences:,} sentences of {of}{runs}, in {seconds:.1f} s, loading included\n")
+def prepare_group(runs, split, languages, amp, out, again):
+    """Read what runs of one backbone and corpus are to answer, and what they have answered."""
+    corpus, place_of_data = open_corpus(runs[0].meta["data"])
+    labels = runs[0].meta["labels"]
+    check(list(corpus.labels) == labels,
+          f"{corpus.root} has the labels {', '.join(corpus.labels)}; {runs[0].name} was trained on "
+          f"{', '.join(labels)}: labels.txt must name these, in this order")
+    able = [code for code in corpus.languages() if split in corpus.splits(code)]
+    check(able, f"{corpus.root}: no language has a file {split}.tsv")
+    for run in runs:
+        run.out = None if languages or run.changed else run.results
+        if out:
+            run.out = Path(out).expanduser() / run.name
+        codes = languages or able
+        if "adapted_to" in run.meta and not languages:
+            codes = [run.meta["adapted_to"]]
+        run.sentences = []
+        for code in codes:
+            run.sentences += [(code, sentence) for sentence in corpus.read(code, split)]
+        backbone = run.meta["backbone"]
+        run.facts = {"revision": place_of_data["revision"], "prompt": run.fingerprint(),
+                     "data": fingerprint([sentence for _, sentence in run.sentences]),
+                     "backbone": {"name": backbone["name"], "revision": backbone["revision"]}}
+        if amp != "auto":
+            run.facts["precision"] = amp
+        run.lines = []
+        if run.out and not again:
+            run.lines = read_scores(run.out / f"{split}.json", run.facts, codes)
 
 
-def warn_about_sources(run, languages):
-    """Say which of the languages asked for are no zero-shot targets of this run."""
-    trained_on = [code for code in languages or () if code in run.sources]
-    if trained_on:
-        warn(f"{run.name}: {', '.join(trained_on)}: a source of this run, so not zero-shot")
+def read_scores(path, facts, codes):
+    """The lines of an earlier call if its facts were the same, otherwise none. Raises ValueError if
+    scores of languages that are not among `codes` would be lost."""
+    if not path.is_file():
+        return []
+    summary = read_json(path)
+    lost = [code for code in summary.get("languages", ()) if code not in codes]
+    check(not lost, f"{path}: has scores of {shorten_list(lost)}, which would be lost; --out names "
+                    f"another folder, --again writes over them")
+    same = all(summary.get(fact) == value for fact, value in facts.items())
+    return summary.get("lines", []) if same else []
 
 
-# ---- Files and tables ----
-
-def result_folder(run, languages, out):
-    """Where the scores of a run go, or None: they are shown only."""
-    if out:
-        return Path(out) / run.name
-    if languages:
-        return None
-    if run.changed:
-        warn(f"{run.name}: not its own {' and '.join(run.changed)}, so nothing is written; "
-             f"--out FOLDER keeps the scores")
-        return None
-    return run.results
-
-
-def check_folders(folders):
-    """Raise OSError for a folder that cannot be written to, ValueError for one of two runs."""
-    for folder in folders:
-        if folders.count(folder) > 1:
-            raise ValueError(f"two of the runs would write to {folder}: score them one by one, or "
-                             f"with an --out of their own")
-        existing = folder
-        while not existing.exists():
-            existing = existing.parent
-        try:
-            tempfile.TemporaryFile(dir=existing).close()
-        except OSError as error:
-            raise OSError(f"{folder}: the scores cannot be written there ({error.strerror}); "
-                          f"--out names another folder") from None
+def compute(runs, device, amp):
+    """Score runs of one backbone, in one pass through it."""
+    classifier = Classifier(runs, device, amp)
+    texts_of_runs = [[sentence.text for _, sentence in run.sentences] for run in runs]
+    for run, probabilities in zip(runs, classifier.answer(texts_of_runs, progress=True)):
+        run.probabilities = probabilities
+        run.facts.update(precision=classifier.precision, device=device.type)
+        run.meta["backbone"] = classifier.identity      # what the report reads
+        predicted = probabilities.argmax(dim=1).numpy()
+        languages = np.array([language for language, _ in run.sentences])
+        labels = np.array([sentence.label for _, sentence in run.sentences])
+        for language in dict.fromkeys(languages.tolist()):
+            own = languages == language
+            pair = labels[own], predicted[own]
+            run.lines.append({"language": language, "n": int(own.sum()),
+                              "accuracy": accuracy(*pair), "macro_f1": macro_f1(*pair),
+                              "majority": majority(labels[own])})
 
 
-def to_csv(columns, lines):
-    """Names of the columns, and lines (lists of fields) -> CSV as bytes; None is an empty field."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(lines)
-    return text.getvalue().encode()
-
-
-def write_scores(scores, folder):
+def write_scores(run, split):
     """Write <split>_predictions.csv, <split>.csv and <split>.json; elsewhere than in the run's own
     folder also the prompt and its configuration, which the report reads."""
-    run, split = scores.run, scores.split
+    folder = run.out
+    names = run.meta["labels"]
     folder.mkdir(parents=True, exist_ok=True)
-    if run.released or folder.resolve() != run.folder.resolve():
-        meta = dict(run.meta)           # what was scored with is what the report reads
-        if "backbone" in run.changed:
-            meta["backbone"] = scores.identity
-        if "data" in run.changed:
-            name = run.config["data"]["name"]
-            meta["data"] = {"name": name, "revision": scores.facts["revision"]}
-        xpe.save_prompt(folder, run.prompt, run.head, meta)
-        xpe.write_atomically(folder / "config.yaml", dump_config(run.config))
-
-    columns = ["language", "index_id", "label", "predicted"]
-    columns += [f"p({label})" for label in run.meta["labels"]]
-    predictions = to_csv(columns, scores.prediction_lines())
-    xpe.write_atomically(folder / f"{split}_predictions.csv", predictions)
-
-    lines = []
-    for line in scores.lines:
-        figures = [f"{line[name]:.4f}" for name in ("accuracy", "macro_f1", "majority")]
-        lines.append([line["language"], line["n"], *figures])
-    xpe.write_atomically(folder / f"{split}.csv", to_csv(scores.lines[0], lines))
-
-    accuracies = {line["language"]: line["accuracy"] for line in scores.lines}
+    if folder.resolve() != run.folder:
+        save_prompt(folder, run.prompt, run.head, run.meta)
+        write_atomically(folder / "config.yaml", dump_config(run.config))
+    columns = ["language", "index_id", "label", "predicted", *(f"p({name})" for name in names)]
+    rows = []
+    for (language, sentence), shares in zip(run.sentences, run.probabilities.tolist()):
+        predicted = names[shares.index(max(shares))]
+        figures = [f"{share:.5f}" for share in shares]
+        rows.append([language, sentence.index_id, names[sentence.label], predicted, *figures])
+    write_csv(folder / f"{split}_predictions.csv", columns, rows)
+    rows = []
+    for language, n, *figures in map(dict.values, run.lines):
+        rows.append([language, n, *(f"{figure:.4f}" for figure in figures)])
+    write_csv(folder / f"{split}.csv", run.lines[0], rows)
+    accuracies = {line["language"]: line["accuracy"] for line in run.lines}
     groups = {}
     for title, (mean, scored, of) in group_means(accuracies, run.config, run.sources).items():
         groups[title] = {"accuracy": mean, "languages": scored, "of": of}
-    summary = {"run": run.name, "kind": run.meta["kind"], "sources": run.sources, "split": split,
-               **scores.facts, "groups": groups, "languages": accuracies}
-    text = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
-    xpe.write_atomically(folder / f"{split}.json", text.encode())   # last: then all three are there
+    write_json(folder / f"{split}.json", {          # last: then all three are there
+        "run": run.name, "kind": run.meta["kind"], "sources": run.sources, "split": split,
+        **run.facts, "groups": groups, "languages": accuracies, "lines": run.lines})
 
 
-def read_scores(scores, folder):
-    """The lines that an earlier call left, if its facts were the same; otherwise none."""
-    files = [folder / f"{scores.split}{end}" for end in (".json", ".csv", "_predictions.csv")]
-    if not all(file.is_file() for file in files):
-        return []
-    lines = []
-    try:
-        summary = xpe.read_json(files[0])
-        for fact, value in scores.facts.items():
-            if summary.get(fact) != value:
-                return []
-        with open(files[1], encoding="utf-8", newline="") as file:
-            for fields in csv.DictReader(file):
-                line = {"language": fields["language"], "n": int(fields["n"])}
-                for name in ("accuracy", "macro_f1", "majority"):
-                    line[name] = float(fields[name])
-                lines.append(line)
-    except (ValueError, KeyError, TypeError):       # damaged: scored anew
-        return []
-    return lines
+# ---- Tables --------------------------------------------------------------------------------------
+
+def means_of(run, figure="accuracy"):
+    """group_means of one of the figures in a run's lines."""
+    figures = {line["language"]: line[figure] for line in run.lines}
+    return group_means(figures, run.config, run.sources)
 
 
-def check_nothing_is_lost(groups, folders, split, languages):
-    """Raise ValueError if there are scores of languages that are not to be scored now."""
-    for group in groups:
-        corpus, _ = open_corpus(group[0])
-        for run in group:
-            if not folders[run]:
-                continue
-            path = folders[run] / f"{split}.csv"
-            wanted = choose_languages(run, corpus, split, languages)
-            lost = sorted(set(read_scored_languages(path)) - set(wanted))
-            if lost:
-                raise ValueError(f"{path}: has scores of {shorten_list(lost)}, which would be "
-                                 f"lost; --out names another folder, --again writes over them")
-
-
-def read_scored_languages(path):
-    """The codes in a <split>.csv; none if it is missing or damaged."""
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            codes = [fields["language"] for fields in csv.DictReader(file)]
-    except (OSError, ValueError, KeyError, csv.Error):
-        return []
-    return [code for code in codes if code]         # None in a line that is cut short
-
-
-def table(run, lines, every_language=True):
-    """The scores of one run as text: means over groups beside chance, then every language."""
-    scores = {line["language"]: line["accuracy"] for line in lines}
-    chances = {line["language"]: line["majority"] for line in lines}
-    mean_chances = group_means(chances, run.config, run.sources)
-    text = [run.name, f"  {'mean over languages':<20} accuracy %  chance %  languages"]
-    for title, (mean, scored, of) in group_means(scores, run.config, run.sources).items():
-        figures = f"{'-':>10} {'-':>9}"
+def table(run, every_language=True):
+    """The scores of one run as text: means over groups, then every language, the best first."""
+    text = [run.name, f"  {'mean over languages':<20} accuracy %  majority class %  languages"]
+    majorities = means_of(run, "majority")
+    for title, (mean, scored, of) in means_of(run).items():
         if scored:
-            chance = mean_chances[title][0]
-            figures = f"{mean:10.1f} {chance:9.1f}"
-        rest = ""
-        if scored < of:
-            rest = f" of {of}: {of - scored} not scored"
-        if of:                          # none is left of a group whose languages are all sources
-            text.append(f"  {title:<20} {figures}  {scored:9}{rest}")
+            rest = f" of {of}" if scored < of else ""
+            text.append(f"  {title:<20} {mean:10.1f}  {majorities[title][0]:16.1f}  "
+                        f"{scored:9}{rest}")
     if every_language:
-        text += language_cells(scores, run.sources)
+        cells = []
+        for line in sorted(run.lines, key=lambda line: -line["accuracy"]):
+            mark = "*" if line["language"] in run.sources else " "
+            cells.append(f"{line['language']}{mark} {line['accuracy']:5.1f}")
+        text += ["  " + "   ".join(cells[start:start + 6]) for start in range(0, len(cells), 6)]
+        text.append("  * source language")
     return "\n".join(text)
 
 
-def language_cells(scores, sources):
-    """All languages and their accuracies as lines of text, six in a line, the best first."""
-    cells = []
-    for code in sorted(scores, key=scores.get, reverse=True):
-        mark = "*" if code in sources else " "
-        cells.append(f"{code}{mark} {scores[code]:5.1f}")
-    text = ["  " + "   ".join(cells[start:start + 6]) for start in range(0, len(cells), 6)]
-    if any(code in sources for code in scores):
-        text.append("  * source language")
-    return text
+def method_table(runs):
+    """Mean ± standard deviation over the runs of each method, as text."""
+    means = defaultdict(list)               # (method, group of languages) -> a mean for each run
+    for run in runs:
+        method = method_name(run.meta["kind"], run.meta["prompt"])
+        for title, (mean, _, _) in means_of(run).items():
+            if mean is not None:
+                means[f"{method}, {len(run.sources)} sources", title].append(mean)
+    text = ["mean ± standard deviation over runs"]
+    for (method, title), values in means.items():
+        spread = f"± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+        text.append(f"  {method:<20} {title:<20} {np.mean(values):5.1f} {spread:<6} "
+                    f"{len(values)} runs")
+    return "\n".join(text)
 
 
-# ---- The command ----
+# ---- The command ---------------------------------------------------------------------------------
 
 def read_stdin_texts():
-    """The lines of standard input, blank ones too; ValueError with the line of what is no UTF-8."""
+    """The lines of standard input, blank ones too; ValueError with the line of what is not UTF-8.
+    """
     if sys.stdin.isatty():
         print("one text on each line; Ctrl-D ends", file=sys.stderr)
-    raw = sys.stdin.buffer.read().removeprefix(b"\xef\xbb\xbf")
-    texts = []
-    for number, line in enumerate(raw.removesuffix(b"\n").split(b"\n"), start=1):
-        try:
-            texts.append(line.decode().removesuffix("\r"))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"standard input:{number}: this is not UTF-8 text (byte "
-                             f"0x{line[error.start]:02x})") from None
-    return texts
-
-
-def check_texts(texts):
-    """Raise ValueError for arguments that are no UTF-8, and if there is nothing but blanks."""
-    for number, text in enumerate(texts, start=1):
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise ValueError(f"--text: text {number} is not UTF-8") from None
-    if not any(text.strip() for text in texts):
-        raise ValueError("--text: nothing to classify")
+    text = decode(sys.stdin.buffer.read(), "standard input")
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
 
 
 def classify(runs, texts, device, amp="auto"):
     """Print what each run says of each text: [run,] label, probability, text, with tabs between.
 
-    A line (for each run) for each text: to a blank one label and probability are empty.
+    A line (for each run) for each text: for a blank one label and probability are empty.
     """
-    distinct = list(dict.fromkeys(text for text in texts if text.strip()))
-    answers = {}                                # (run, text) -> [label, probability]
+    with reading("--text"):
+        known = [text for text in texts if text.strip()]
+        check(known, "nothing to classify")
+        "".join(known).encode()         # what the shell passed may not be UTF-8
+    answers = {}                        # (run, text) -> label and probability
     for group in group_runs(runs):
         classifier = Classifier(group, device, amp)
-        probabilities_of_runs = classifier.answer([distinct] * len(group))
-        for run, probabilities in zip(group, probabilities_of_runs):
-            for text, shares in zip(distinct, probabilities):
-                label = run.meta["labels"][shares.argmax()]
-                answers[run, text] = [label, f"{shares.max():.3f}"]
+        for run, probabilities in zip(group, classifier.answer([known] * len(group))):
+            for text, shares in zip(known, probabilities):
+                answers[run, text] = f"{classifier.labels[shares.argmax()]}\t{shares.max():.3f}"
     for text in texts:
+        on_one_line = text.replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")
         for run in runs:
-            fields = answers.get((run, text), ["", ""]) + [on_one_line(text)]
-            if len(runs) > 1:
-                fields.insert(0, run.name)
-            print("\t".join(fields))
-
-
-def on_one_line(text):
-    """A text with its line breaks and tabs written as \\n, \\r, \\t."""
-    return text.replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")
+            name = f"{run.name}\t" if len(runs) > 1 else ""
+            answer = answers.get((run, text), "\t")
+            print(f"{name}{answer}\t{on_one_line}")
 
 
 def open_runs(args):
-    """Run objects of the RUN arguments. Of several, folders and files that are no run, or a damaged
-    one, are left out with a warning, so that `dir/*` works; FileNotFoundError if none is left."""
+    """Run objects of the RUN arguments. Of several, folders and files that are not a run, or a
+    damaged one, are left out with a warning, so that `dir/*` works; an error if none is left."""
     runs = []
     for where in args.runs:
         try:
@@ -833,102 +444,67 @@ def open_runs(args):
             if len(args.runs) == 1 or not os.path.exists(os.path.expanduser(where)):
                 raise
             warn(f"left out: {error}")
-    if not runs:
-        raise FileNotFoundError(f"none of the {len(args.runs)} RUN arguments is a run")
+    check(runs, f"none of the {len(args.runs)} RUN arguments is a run")
     return runs
-
-
-def languages_asked_for(args, config):
-    """Codes of --languages and --groups, each once; none means all languages."""
-    for group in args.groups:
-        if group not in config["groups"]:
-            raise ValueError(f"--groups: no group {group!r}{nearest(group, config['groups'])}")
-    of_groups = resolve_group(config, args.groups)
-    if args.groups and not of_groups:
-        raise ValueError(f"--groups {','.join(args.groups)}: no language is left of them")
-    return list(dict.fromkeys(args.languages + of_groups))
-
-
-def export(args, runs):
-    """Write a run as a folder that stock peft loads."""
-    from formats import export_peft
-    form, folder = args.export
-    if form != "peft" or len(runs) != 1:
-        raise ValueError("--export takes one RUN, the word peft and a new folder")
-    export_peft(folder, runs[0].prompt, runs[0].head, runs[0].meta)
-    print(f"{folder}: written for peft, with the names of the labels in {folder}/labels.json")
 
 
 def split_commas(text):
     """'a, b' -> ['a', 'b']"""
-    return [part.strip() for part in text.split(",") if part.strip()]
+    return [tidy(part) for part in text.split(",") if part.strip()]
 
 
-def make_parser():
-    """The arguments of the command line."""
-    parser = argparse.ArgumentParser(
-        description="Score prompts on every language, classify texts, or export a prompt.")
+OPTIONS = """
+--split NAME  train, dev or test (default: test)
+--languages CODES  only these languages, or groups of them, separated by commas
+--groups NAMES  the same
+--again  score anew what is scored already
+--trust-remote-code  run a backbone's own code
+--device NAME  cpu, cuda, cuda:1 ... (default: what there is)
+--amp TYPE  auto (what the device is fast at), bf16, fp16 or off
+--data DIR  folder or dataset, instead of the run's own
+--backbone NAME  folder or hub name, instead of the run's own
+--out DIR  folder for the results (default: each run's own folder)
+"""
+
+
+def parse_arguments(argv):
+    """The command line -> argparse's namespace; ValueError for what does not go together."""
+    parser = make_parser("Score prompts on every language, classify texts, or export.", OPTIONS)
     parser.add_argument("runs", nargs="*", metavar="RUN",
                         help="run folders, or hub names (name@branch)")
-    parser.add_argument("--split", default="test", choices=SPLITS)
-    parser.add_argument("--languages", type=split_commas, default=[],
-                        help="codes, separated by commas (default: all)")
-    parser.add_argument("--groups", type=split_commas, default=[],
-                        help="groups of the configuration, separated by commas")
-    parser.add_argument("--data", help="folder or dataset, instead of the run's own")
-    parser.add_argument("--backbone", help="folder or hub name, instead of the run's own")
-    parser.add_argument("--trust-remote-code", action="store_true",
-                        help="run a backbone's own code")
-    parser.add_argument("--out", help="folder for the results (default: each run's own folder)")
-    parser.add_argument("--again", action="store_true", help="score anew what is scored already")
     parser.add_argument("--text", nargs="*", help="classify these, or the lines of standard input")
     parser.add_argument("--export", nargs=2, metavar=("peft", "DIR"),
                         help="write a folder that peft loads")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: auto)")
-    parser.add_argument("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"),
-                        help="precision (default: auto, what the device is fast at)")
-    return parser
-
-
-def check_arguments(args):
-    """Raise ValueError for arguments that cannot be meant."""
-    if not args.runs and args.text:
-        raise ValueError("RUN is missing: --text takes everything behind it, so the run comes "
-                         "first: evaluate.py RUN --text \"Your sentence\"")
-    if not args.runs:
-        raise ValueError("RUN is missing: name one or more run folders, runs/* say")
-    if args.text is not None and args.export:
-        raise ValueError("--text and --export: one of them")
-    if args.text is None and not args.export:
-        return
-    given = {"--out": args.out, "--again": args.again, "--languages": args.languages,
-             "--groups": args.groups, "--split": args.split != "test",
-             "--backbone": args.backbone if args.export else None}
-    given = [name for name, value in given.items() if value]
-    if given:
-        what = "--export, which writes the run as it is"
-        if args.text is not None:
-            what = "--text, which scores nothing"
-        raise ValueError(f"{', '.join(given)}: not with {what}")
+    parser.set_defaults(split="test", languages="", groups="", device="auto", amp="auto")
+    args = parser.parse_args(argv)
+    args.languages = split_commas(args.languages)
+    args.groups = split_commas(args.groups)
+    check(args.amp in CHOICES["amp"], f"--amp {args.amp}: not one of {', '.join(CHOICES['amp'])}")
+    check(args.runs, "RUN is missing: name one or more run folders, runs/* for example, before "
+                     "--text: evaluate.py RUN --text \"Your sentence\"")
+    scoring = args.out or args.again or args.languages or args.groups or args.split != "test"
+    check(not scoring or (args.text is None and not args.export),
+          "--out, --again, --languages, --groups and --split go neither with --text nor --export")
+    check(args.text is None or not args.export, "--text and --export: only one of them")
+    return args
 
 
 def main(argv=None):
     """The command line."""
-    args = make_parser().parse_args(argv)
-    check_arguments(args)
-    if hasattr(sys.stdout, "reconfigure"):
-        # a terminal that cannot show a letter must not end the command half-way
-        sys.stdout.reconfigure(errors="backslashreplace")
+    args = parse_arguments(argv)
     device = pick_device(args.device)
     runs = open_runs(args)
     if args.export:
-        export(args, runs)
+        from formats import export_peft
+        form, folder = args.export
+        check(form == "peft" and len(runs) == 1,
+              "--export takes one RUN, the word peft and a new folder")
+        export_peft(folder, runs[0].prompt, runs[0].head, runs[0].meta)
+        print(f"{folder}: written for peft, with the names of the labels in {folder}/labels.json")
     elif args.text is not None:
-        texts = args.text or read_stdin_texts()
-        check_texts(texts)
-        classify(runs, texts, device, args.amp)
+        classify(runs, args.text or read_stdin_texts(), device, args.amp)
     else:
-        languages = languages_asked_for(args, runs[0].config)
+        languages = resolve_group(runs[0].config, args.languages + args.groups)
         score_runs(runs, args.split, languages, device, args.amp, args.out, again=args.again)
     return 0
 

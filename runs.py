@@ -1,0 +1,313 @@
+"""Everything on disk of a run: its prompt, its folder and lock, its checkpoint; finding a run.
+
+No part of the paper. A run folder holds prompt.safetensors (the trained tensors), prompt.json (how
+to use them; written last, it makes the folder a finished run), config.yaml (the resolved settings;
+its first line is the command), metrics.jsonl, backbone.safetensors (of full fine-tuning), while
+training checkpoint.pt, and after scoring test.csv, test.json and test_predictions.csv.
+
+    run = Run("runs/xpe-joshi5-s11")        # .prompt, .head, .meta, .config: see Run
+    prompt, head, meta = load_prompt("runs/xpe-joshi5-s11")
+
+Read downwards: files, a prompt on disk, a run in training, finding a run.
+"""
+import csv
+import hashlib
+import io
+import json
+import os
+import re
+from pathlib import Path
+
+import torch
+from safetensors.torch import load, save
+from torch import nn
+
+import xpe
+from config import read_config, resolve_group
+from data import LABELS, check, locate, reading, warn
+
+try:
+    import fcntl        # locks a run folder; Windows has none, and there two commands are on trust
+except ImportError:
+    fcntl = None
+
+FORMAT = 2              # of prompt.json
+DIVERGED = "diverged.txt"
+
+
+# ---- Files ---------------------------------------------------------------------------------------
+
+def write_atomically(path, content):
+    """Write bytes, or what content(file) writes: `path` is the old file or the whole new one."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid():08}")    # RunLog clears away old ones
+    try:
+        with open(temporary, "wb") as file:
+            if callable(content):
+                content(file)
+            else:
+                file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        # torch.save hides a full disk in a RuntimeError
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        if isinstance(cause, OSError):
+            raise OSError(cause.errno, cause.strerror, str(path)) from None
+        raise
+
+
+def write_json(path, value):
+    """Write a value as a JSON file, atomically; ValueError for NaN and infinity."""
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    write_atomically(path, text.encode())
+
+
+def read_json(path):
+    """A JSON object from a file; ValueError with the path for anything else."""
+    with reading(path):
+        value = json.loads(Path(path).read_bytes().decode())
+        check(isinstance(value, dict), "is not a JSON object")
+    return value
+
+
+def read_tensors(path):
+    """The tensors of a .safetensors file; ValueError with the path if it is damaged."""
+    with reading(path):
+        return load(Path(path).read_bytes())
+
+
+def write_csv(path, columns, rows):
+    """Write names of the columns, and rows (lists of fields), as a CSV file, atomically."""
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows([columns, *rows])
+    write_atomically(path, text.getvalue().encode())
+
+
+# ---- A prompt on disk ----------------------------------------------------------------------------
+
+def save_prompt(folder, prompt, head, meta):
+    """Write a prompt (or None) and its head to a folder that exists; meta: see `load_prompt`."""
+    tensors = {}
+    for section, module in (("prompt", prompt), ("head", head)):
+        if module is not None:
+            for name, tensor in module.state_dict().items():
+                tensors[f"{section}.{name}"] = tensor.float().cpu().contiguous()
+    config = prompt.config if prompt is not None else None
+    write_atomically(Path(folder) / "prompt.safetensors", save(tensors, {"format": "pt"}))
+    write_json(Path(folder) / "prompt.json",
+               dict(meta, format=FORMAT, head=head.config, prompt=config))
+
+
+def load_prompt(folder):
+    """Read what save_prompt wrote -> (SoftPrompt or None, ClassificationHead, meta).
+
+    meta, from prompt.json: kind, sources, prompt and head (constructor arguments), reads, labels,
+    max_length, backbone {name, revision, ...}, training {...}, and whatever else was saved.
+    Raises FileNotFoundError, or ValueError with the file and what is wrong in it.
+    """
+    path = Path(folder) / "prompt.json"
+    problem = why_no_run(Path(folder))
+    if problem:
+        raise FileNotFoundError(f"{folder}: {problem}")
+    meta = read_json(path)
+    tensors = read_tensors(path.with_name("prompt.safetensors"))
+    with reading(path):
+        check(meta["format"] == FORMAT, f"format {meta['format']}, expected {FORMAT}")
+        check(meta["kind"] in xpe.KINDS, f"unknown kind {meta['kind']!r}")
+        check(type(meta["max_length"]) is int, "max_length must be a whole number")
+        check(type(meta["labels"]) is type(meta["sources"]) is list, "labels and sources: lists")
+        texts = [*meta["labels"], *meta["sources"], meta["backbone"]["name"],
+                 meta["backbone"]["revision"]]
+        check(all(isinstance(text, str) for text in texts),
+              "labels, sources and the backbone's name must be texts")
+        prompt, head = restore_prompt(meta, tensors)
+    return prompt, head, meta
+
+
+def restore_prompt(meta, tensors):
+    """What prompt.json and prompt.safetensors hold -> (SoftPrompt or None, ClassificationHead).
+
+    Raises an error for anything that is missing, of another type or shape, or not finite.
+    """
+    modules = nn.ModuleDict()
+    with torch.device("meta"):      # without memory until the tensors show that they fit
+        if meta["prompt"] is not None:
+            modules["prompt"] = xpe.SoftPrompt(**meta["prompt"])
+        modules["head"] = xpe.ClassificationHead(**meta["head"])
+    # copies: a tensor of the file may lie at an address that a later step cannot use
+    modules.load_state_dict({name: tensor.float().clone() for name, tensor in tensors.items()},
+                            assign=True)
+    check(all(tensor.isfinite().all() for tensor in tensors.values()), "numbers are not finite")
+    check(len(meta["labels"]) == meta["head"]["classes"],
+          f"{len(meta['labels'])} labels, but {meta['head']['classes']} classes")
+    return modules["prompt"] if "prompt" in modules else None, modules["head"]
+
+
+def why_no_run(folder):
+    """What is wrong with a folder that does not hold a prompt, or None for one that does."""
+    if (folder / "prompt.json").is_file():
+        if (folder / "prompt.safetensors").is_file():
+            return None
+        return "prompt.safetensors, the trained tensors, is missing; remove the folder to train it"
+    if (folder / "metrics.jsonl").is_file():
+        return "its training has not come to an end (`train.py ... --resume` goes on)"
+    if any(folder.glob("*/prompt.json")):
+        return f"holds runs, but is not one itself: name {folder}/*"
+    return "has no prompt.json: not a run"
+
+
+# ---- A run in training ---------------------------------------------------------------------------
+
+class RunLog:
+    """metrics.jsonl of a run, open and locked while the run is trained: nobody else can train it.
+
+    Raises FileExistsError if another process has it.
+    """
+
+    def __init__(self, folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "metrics.jsonl"
+        self.file = open(self.path, "ab")
+        try:
+            if fcntl is not None:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)   # ends with the process
+        except BlockingIOError:
+            raise FileExistsError(f"{folder}: another process is training this run") from None
+        except OSError as error:
+            warn(f"{folder}: this file system cannot lock files ({error.strerror}): make sure "
+                 f"that no other process trains this run")
+        for file in folder.glob(".*.????????"):
+            file.unlink()       # what a killed process was about to rename: write_atomically
+
+    def write(self, values):
+        """Append a line -> the length of the file. OSError with its path if the disk is full."""
+        try:
+            self.file.write(json.dumps(values).encode() + b"\n")
+            self.file.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
+        return self.file.tell()
+
+
+def finished_training(folder):
+    """What prompt.json says of the training, or None if the run has not come to an end."""
+    try:
+        return read_json(folder / "prompt.json")["training"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def is_over(folder):
+    """Whether nothing is left to train: the run has a prompt, or diverged before it had one."""
+    return finished_training(folder) is not None or (folder / DIVERGED).is_file()
+
+
+def command_of(folder):
+    """The command that a run was begun with: the first line of its config.yaml."""
+    path = folder / "config.yaml"
+    return path.read_text().partition("\n")[0].removeprefix("# ") if path.is_file() else ""
+
+
+def write_checkpoint(path, state):
+    """Write {step, random, learners: {folder name: state}}, atomically."""
+    write_atomically(path, lambda file: torch.save(state, file))
+
+
+def read_checkpoint(path):
+    """Read what write_checkpoint wrote; ValueError for a file that is cut, or not a checkpoint."""
+    with reading(f"{path}: a damaged checkpoint (remove it and the run starts over)"):
+        try:
+            # weights_only: tensors and plain values; no code in a hostile file is run
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except RuntimeError as error:
+            raise ValueError(f"the file is cut short: {error}") from None
+        check(int(state["step"]) > 0 and state["learners"].keys(), "lacks its step or learners")
+        return state
+
+
+def differences(before, now, ignore=()):
+    """Two dicts of settings -> "rate was 0.1, not 0.2; ..." for what is not equal."""
+    keys = [key for key in now if key not in ignore and before.get(key, now[key]) != now[key]]
+    return "; ".join(f"{key} was {before[key]!r}, not {now[key]!r}" for key in keys)
+
+
+# ---- Finding a run -------------------------------------------------------------------------------
+
+class Run:
+    """A trained prompt and all that is needed to use it.
+
+    where: a run folder, a folder of the authors' release, or a name on the hub (name@branch).
+    backbone, data: a folder or hub name instead of the run's own. trust: run the code that comes
+    with the backbone. Raises FileNotFoundError for what is not there, ValueError for files that
+    cannot be used.
+
+    .name, .folder; .prompt (or None), .head, .meta (see load_prompt); .config (see config.yaml);
+    .sources, codes of languages; .results: the folder for its scores; .changed: what of "backbone"
+    and "data" is not its own.
+    """
+
+    def __init__(self, where, backbone=None, data=None, trust=False):
+        name, _, branch = str(where).partition("@")
+        self.folder, place = locate({"name": name, "revision": branch or "main"}, "model",
+                                    ["*.json", "*.safetensors", "config.yaml"])
+        self.name = self.folder.name
+        self.results = self.folder
+        if place["revision"] != "local":
+            self.name = str(where).replace("/", "--")
+        own_config = self.folder / "config.yaml"
+        self.config = read_config(own_config if own_config.is_file() else None)
+        released = (self.folder / "adapter_config.json").is_file()
+        if released:
+            from formats import read_authors
+            self.prompt, self.head, self.meta = read_authors(self.folder)
+            self.complete_release()
+        else:
+            self.prompt, self.head, self.meta = load_prompt(self.folder)
+        if released or place["revision"] != "local":
+            # a folder of the authors and the hub's cache are not ours to write to
+            self.results = Path("runs") / self.name
+        self.sources = self.meta["sources"]
+        self.changed = []
+        self.config["backbone"]["trust_remote_code"] = trust    # never the run's own file's to say
+        for section, given in (("backbone", backbone), ("data", data)):
+            own = self.meta.setdefault(section, self.config[section])
+            if given and not same_place(given, own["name"]):
+                self.changed.append(section)
+                own.update(name=given, revision="main", folder=given)
+
+    def complete_release(self):
+        """What the authors' files do not say, the names of their repositories and branches do."""
+        if len(self.meta["labels"]) == len(LABELS):
+            self.meta["labels"] = list(LABELS)
+        group = re.search("-(seen|joshi5)", self.name)
+        if not group:
+            warn(f"{self.name}: its name names no source group, so joshi5 is assumed")
+        self.meta["sources"] = resolve_group(self.config, group[1] if group else "joshi5")
+        seed = re.search(r"seed-0*(\d+)", self.name)
+        self.meta["seed"] = int(seed[1]) if seed else 1
+
+    def fingerprint(self):
+        """A short hash of the trained tensors."""
+        digest = hashlib.sha256()
+        for module in filter(None, (self.prompt, self.head)):
+            for tensor in module.state_dict().values():
+                digest.update(tensor.cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def same_place(a, b):
+    """Whether two names of folders or hub repositories mean the same."""
+    return a == b or Path(a).expanduser().resolve() == Path(b).expanduser().resolve()
+
+
+def method_name(kind, prompt_config):
+    """The name of a method in tables and folders: spt, xpe, dual30, xpe-lstm ..."""
+    name = kind
+    if kind == "dual":
+        name += str(round(100 * prompt_config["ratio"]))
+    if kind in ("dual", "xpe") and prompt_config["encoder"] != "mlp":
+        name += "-" + prompt_config["encoder"]
+    return name
