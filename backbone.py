@@ -52,7 +52,7 @@ def pick_precision(amp, device):
         return "bf16" if multiplies_bf16(device) else "off"
     if amp == "bf16" and device.type == "cpu" and not multiplies_bf16(device):
         warn("this CPU has no bf16 instructions and is many times slower in bf16 than in float32: "
-             "train.amp=off (or auto) is faster")
+             "off (or auto) is faster")
     return amp
 
 
@@ -98,7 +98,7 @@ def place(model, device, precision, frozen_weights="amp"):
 
 
 def first_position_only(backbone):
-    """The same answers with less work, where speed.py is there and knows the backbone."""
+    """The same answers with less work, if speed.py is present and supports this backbone."""
     try:
         import speed
     except ModuleNotFoundError:
@@ -219,7 +219,8 @@ def check_backbone(backbone, tokenizer, identity, reads):
     """
     name = f"backbone {identity['name']} ({identity['type']})"
     was_training = backbone.training
-    with reading(name), torch.random.fork_rng():    # the trial must not move the run's random state
+    # on the CPU; the trial must not move the run's random state
+    with reading(name), torch.random.fork_rng(devices=[]):
         rows = backbone.get_input_embeddings().weight.shape[0]
         largest = max(tokenizer.get_vocab().values(), default=-1)
         check(largest < rows, f"the tokenizer has ids up to {largest}, the backbone {rows} rows of "
@@ -228,7 +229,7 @@ def check_backbone(backbone, tokenizer, identity, reads):
         check(len(tokenizer) >= rows / 2,
               f"the tokenizer has {len(tokenizer)} tokens, the backbone {rows} rows of word "
               f"embeddings: tokenizer files are missing, or another model's")
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         embedding_width, hidden_width = xpe.widths(backbone)
         prompt = xpe.SoftPrompt(embedding_width, length=2, ratio=0.0)
         head = xpe.ClassificationHead(hidden_width, classes=32)

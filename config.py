@@ -98,8 +98,9 @@ def read_config(path=None, settings=()):
     for setting in settings:
         name, equals, text = setting.partition("=")
         section, _, key = name.strip().partition(".")
-        check(equals, f"--set {setting}: write section.key=value")
         value = load_yaml(text, f"--set {setting}")
+        check(equals and (key or isinstance(value, str)),
+              f"--set {setting}: write section.key=value")
         lay_over(config, {section: {key: value} if key else value}, kinds, f"--set {setting}")
         for own in ("adapt", "full"):
             if section == "train" and key in config[own]:
@@ -129,7 +130,7 @@ def lay_over(config, layer, kinds, where):
         if section not in config:
             raise ValueError(f"{where}: unknown setting {section!r}{suggest(section, kinds)}")
         if section == "sources":
-            check(isinstance(values, str), f"{where}: sources must be the name of a group")
+            check(values and isinstance(values, str), f"{where}: sources must name a group")
             config[section] = values
             continue
         check(isinstance(values, dict), f"{where}: {section} is a section of settings, not a value")
@@ -153,14 +154,14 @@ def suggest(name, kinds):
     same_key = [known for known in names if known.endswith(f".{key}")]
     if same_key:
         return f" (did you mean {same_key[0]}?)"
-    return nearest(name, [*names, *kinds])
+    return nearest(name, [*names, *kinds, "sources"])
 
 
 def check_group(members, name):
     """-> a group's members, a name or a list of names; ValueError for anything else."""
-    if isinstance(members, str):
+    if members and isinstance(members, str):
         return tidy(members)
-    check(isinstance(members, list) and all(isinstance(code, str) for code in members),
+    check(isinstance(members, list) and all(code and isinstance(code, str) for code in members),
           f"{name} must be a list of language codes and group names")
     return [tidy(code) for code in members]
 

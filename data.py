@@ -114,7 +114,7 @@ def run_main(main):
             if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in line:
                 raise
             line = ("out of memory: lower train.learners_at_once, train.batch_size or "
-                    f"evaluate.tokens ({line})")
+                    f"evaluate.tokens (of a trained run in its config.yaml): {line}")
         print(f"error: {line}", file=sys.stderr)
         status = 2
     sys.exit(status)
@@ -122,7 +122,7 @@ def run_main(main):
 
 def make_parser(description, options):
     """-> an ArgumentParser of lines "--option META  help"; without META an option is a flag."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     for line in options.strip().splitlines():
         option, meta, text = re.fullmatch(r"(--\S+) ?(\S*)  +(.*)", line).groups()
         kind = {"metavar": meta} if meta else {"action": "store_true"}
@@ -186,8 +186,8 @@ def read_tsv(path, labels=LABELS):
         check(header.count(column) == 1,
               f"{path}:{line}: the header must name {column!r} exactly once, it is {header[:6]}")
 
-    sentences = []             # index_id -> the line where it was first used
-    line_of = {}
+    sentences = []
+    line_of = {}                            # index_id -> the line where it was first used
     number_of = {label: number for number, label in enumerate(labels)}
     for line, fields in rows:
         where = f"{path}:{line}"
@@ -285,17 +285,18 @@ LEAK = 0.02     # share of a split; single sentences are repeated in SIB-200, to
 
 
 def find_leaks(corpus, sources, targets):
-    """Say which test and dev sentences are not new to who trains on `sources` -> lines of text.
+    """List the dev and test sentences that a model trained on `sources` has seen -> lines of text.
 
-    Told are test sentences that the sources' files hold (for another language, in any split), test
-    sentences whose index_id is in a source's train split, and dev sentences that are in train.
+    Reports test sentences that also appear in a source's files (of another language in any split),
+    test sentences whose index_id is in a source's train split, and dev sentences that are in train.
     """
     places = defaultdict(set)               # a text, or (index_id,) -> {(language, split)}
     for language in sources:
         for split in corpus.splits(language):
             sentences = corpus.read(language, split)
             # ids that merely number the lines of each file say nothing
-            numbered = all(s.index_id == str(i) for i, s in enumerate(sentences))
+            numbered = any(all(s.index_id == str(i) for i, s in enumerate(sentences, first))
+                           for first in (0, 1))
             for sentence in sentences:
                 places[sentence.text].add((language, split))
                 if split == "train" and not numbered:
@@ -321,7 +322,7 @@ def find_leaks(corpus, sources, targets):
 
 # ---- Token ids -----------------------------------------------------------------------------------
 
-# Texts are tokenized in parts, for the tokenizer's records of a sentence take 14 KB meanwhile.
+# Texts are tokenized in parts: the tokenizer holds 14 KB for each sentence while it works.
 TEXTS_AT_ONCE = 2048
 # A fast tokenizer keeps the last max_length as its state, which another thread would change.
 TOKENIZER_LOCK = threading.Lock()
@@ -437,11 +438,12 @@ def token_batches(lengths, budget, extra=0):
 def locate(where, kind="model", patterns=None):
     """Find a corpus, a backbone or a run -> (folder, identity: {name, revision, folder}).
 
-    where: {name, revision}, and for what was a folder when a run was trained that `folder`. What
-    exists is a folder, and its revision is "local". The hub is not asked for what was a folder, nor
-    for a mistyped path: a missing folder in one that exists. There kind is "dataset" or "model",
-    the files that match `patterns` come in one snapshot, and the revision is the commit; without
-    patterns the name itself is returned, for transformers to fetch. FileNotFoundError in one line.
+    where: {name, revision}, plus `folder` if it was a local folder when the run was trained. A
+    folder that exists is used, and its revision is "local". The hub is asked neither for what was a
+    folder nor for a mistyped path (a missing folder in one that exists). On the hub, kind is
+    "dataset" or "model"; the files that match `patterns` come in one snapshot, and the revision is
+    the commit. Without patterns the name itself is returned, for transformers to fetch.
+    FileNotFoundError in one line.
     """
     name = where["name"]
     revision = where["revision"]

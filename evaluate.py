@@ -86,7 +86,7 @@ def macro_f1(labels, predicted):
 
 
 def majority(labels):
-    """Percent of the most frequent label: what a classifier reaches that looks at nothing."""
+    """Percent of the most frequent label: the accuracy of a classifier that ignores its input."""
     return 100.0 * float(np.bincount(labels).max()) / len(labels)
 
 
@@ -137,7 +137,7 @@ class Classifier:
                     ("tokenizer", tokenizer_fingerprint(self.tokenizer),
                      run.meta.get("tokenizer"))):
                 if then and then != now:
-                    warn(f"{run.name}: the {what} ({now}) are not those that it was trained with "
+                    warn(f"{run.name}: the {what} ({now}) differ from those used in training "
                          f"({then})")
         frozen = first.meta["kind"] != "full"
         if not frozen:
@@ -241,8 +241,12 @@ def score_runs(runs, split="test", languages=None, device=None, amp="auto", out=
     for group in group_runs(runs):
         prepare_group(group, split, languages, amp, out, again)
     folders = [run.out for run in runs if run.out]
-    check(len(set(folders)) == len(folders), "two of the runs would write to one folder: score "
-                                             "them one by one, with an --out of their own")
+    check(len(set(folders)) == len(folders), "two runs would write to the same folder; score "
+                                             "them separately, each with its own --out")
+    for run in runs:
+        trained = run.out and (run.out / "metrics.jsonl").is_file()
+        check(not trained or run.out.resolve() == run.folder,
+              f"{run.out}: is another trained run; --out names another folder")
     to_compute = [run for run in runs if not run.lines]
     for group in group_runs(to_compute):
         compute(group, device, amp)
@@ -256,7 +260,7 @@ def score_runs(runs, split="test", languages=None, device=None, amp="auto", out=
             if run.out and run in to_compute:
                 told = f"{run.out}/{split}.csv, .json, _predictions.csv"
             elif run.out:
-                told = f"{run.out}: scored already; --again scores anew"
+                told = f"{run.out}: scored already; --again scores it again"
             print(f"  {told}")
         count = sum(len(run.sentences) for run in to_compute)
         print(f"{count:,} sentences in {time.time() - start:.1f} s, loading included\n")
@@ -266,7 +270,7 @@ def score_runs(runs, split="test", languages=None, device=None, amp="auto", out=
 
 
 def prepare_group(runs, split, languages, amp, out, again):
-    """Read what runs of one backbone and corpus are to answer, and what they have answered."""
+    """Read the sentences that runs of one backbone and corpus answer, and any earlier scores."""
     corpus, place_of_data = open_corpus(runs[0].meta["data"])
     labels = runs[0].meta["labels"]
     check(list(corpus.labels) == labels,
@@ -457,8 +461,8 @@ OPTIONS = """
 --split NAME  train, dev or test (default: test)
 --languages CODES  only these languages, or groups of them, separated by commas
 --groups NAMES  the same
---again  score anew what is scored already
---trust-remote-code  run a backbone's own code
+--again  score again what has been scored
+--trust-remote-code  allow code that comes with the backbone to run
 --device NAME  cpu, cuda, cuda:1 ... (default: what there is)
 --amp TYPE  auto (what the device is fast at), bf16, fp16 or off
 --data DIR  folder or dataset, instead of the run's own
@@ -484,7 +488,7 @@ def parse_arguments(argv):
                      "--text: evaluate.py RUN --text \"Your sentence\"")
     scoring = args.out or args.again or args.languages or args.groups or args.split != "test"
     check(not scoring or (args.text is None and not args.export),
-          "--out, --again, --languages, --groups and --split go neither with --text nor --export")
+          "--out, --again, --languages, --groups and --split cannot go with --text or --export")
     check(args.text is None or not args.export, "--text and --export: only one of them")
     return args
 

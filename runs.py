@@ -3,7 +3,8 @@
 No part of the paper. A run folder holds prompt.safetensors (the trained tensors), prompt.json (how
 to use them; written last, it makes the folder a finished run), config.yaml (the resolved settings;
 its first line is the command), metrics.jsonl, backbone.safetensors (of full fine-tuning), while
-training checkpoint.pt, and after scoring test.csv, test.json and test_predictions.csv.
+training checkpoint.pt, and after scoring test.csv, test.json and test_predictions.csv. A run that
+diverged before it had a prompt has diverged.txt instead.
 
     run = Run("runs/xpe-joshi5-s11")        # .prompt, .head, .meta, .config: see Run
     prompt, head, meta = load_prompt("runs/xpe-joshi5-s11")
@@ -27,7 +28,7 @@ from config import read_config, resolve_group
 from data import LABELS, check, locate, reading, warn
 
 try:
-    import fcntl        # locks a run folder; Windows has none, and there two commands are on trust
+    import fcntl        # locks a run folder; Windows has none: two commands could train one run
 except ImportError:
     fcntl = None
 
@@ -117,6 +118,7 @@ def load_prompt(folder):
     with reading(path):
         check(meta["format"] == FORMAT, f"format {meta['format']}, expected {FORMAT}")
         check(meta["kind"] in xpe.KINDS, f"unknown kind {meta['kind']!r}")
+        check(meta["reads"] in xpe.READS, f"unknown reads {meta['reads']!r}")
         check(type(meta["max_length"]) is int, "max_length must be a whole number")
         check(type(meta["labels"]) is type(meta["sources"]) is list, "labels and sources: lists")
         texts = [*meta["labels"], *meta["sources"], meta["backbone"]["name"],
@@ -152,6 +154,8 @@ def why_no_run(folder):
         if (folder / "prompt.safetensors").is_file():
             return None
         return "prompt.safetensors, the trained tensors, is missing; remove the folder to train it"
+    if (folder / DIVERGED).is_file():
+        return (folder / DIVERGED).read_text().strip()
     if (folder / "metrics.jsonl").is_file():
         return "its training has not come to an end (`train.py ... --resume` goes on)"
     if any(folder.glob("*/prompt.json")):
@@ -218,12 +222,9 @@ def write_checkpoint(path, state):
 
 def read_checkpoint(path):
     """Read what write_checkpoint wrote; ValueError for a file that is cut, or not a checkpoint."""
-    with reading(f"{path}: a damaged checkpoint (remove it and the run starts over)"):
-        try:
-            # weights_only: tensors and plain values; no code in a hostile file is run
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except RuntimeError as error:
-            raise ValueError(f"the file is cut short: {error}") from None
+    with reading(f"{path}: cut short or not a checkpoint (remove it and the run starts over)"):
+        # weights_only: tensors and plain values; no code in a hostile file is run
+        state = torch.load(path, map_location="cpu", weights_only=True)
         check(int(state["step"]) > 0 and state["learners"].keys(), "lacks its step or learners")
         return state
 
@@ -251,6 +252,8 @@ class Run:
 
     def __init__(self, where, backbone=None, data=None, trust=False):
         name, _, branch = str(where).partition("@")
+        if Path(where).expanduser().is_dir():
+            name = str(where)
         self.folder, place = locate({"name": name, "revision": branch or "main"}, "model",
                                     ["*.json", "*.safetensors", "config.yaml"])
         self.name = self.folder.name
@@ -279,12 +282,12 @@ class Run:
                 own.update(name=given, revision="main", folder=given)
 
     def complete_release(self):
-        """What the authors' files do not say, the names of their repositories and branches do."""
+        """Fill in from the names of repository and branch what the authors' files leave out."""
         if len(self.meta["labels"]) == len(LABELS):
             self.meta["labels"] = list(LABELS)
         group = re.search("-(seen|joshi5)", self.name)
         if not group:
-            warn(f"{self.name}: its name names no source group, so joshi5 is assumed")
+            warn(f"{self.name}: no source group in this name; joshi5 is assumed")
         self.meta["sources"] = resolve_group(self.config, group[1] if group else "joshi5")
         seed = re.search(r"seed-0*(\d+)", self.name)
         self.meta["seed"] = int(seed[1]) if seed else 1

@@ -15,6 +15,7 @@ frozen backbone side by side. One learner alone is the paper's case, and the loo
 Read downwards: data, rates, the learner, `train` (the loop), passes, the command.
 """
 import copy
+import json
 import math
 import os
 import platform
@@ -48,7 +49,8 @@ from runs import (DIVERGED, Run, RunLog, command_of, differences, finished_train
 # Under fp16 a first step that overflows is left out, as it should be; torch takes it for a mistake
 warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
 
-# Settings for the memory that there is, which --resume may change
+# Settings that only save memory, which --resume may change. (With another learners_at_once, passes
+# that have not begun are cut differently, which changes their dropout.)
 MEMORY_SETTINGS = ("learners_at_once", "tokens")
 
 
@@ -239,7 +241,7 @@ class Learner:
         check(not changed, f"{changed}: --resume goes on with the same settings only")
 
     def state_dict(self):
-        """All that it needs to go on."""
+        """Everything needed to resume."""
         now = time.time()
         self.progress.seconds += now - self.clock
         self.clock = now
@@ -256,11 +258,11 @@ class Learner:
         for name in ("modules", "optimizer", "schedule", "scaler"):
             getattr(self, name).load_state_dict(state[name])
         self.loss_sum.copy_(state["loss_sum"])
-        # the lines after the checkpoint will come again
+        # lines after the checkpoint will be written again
         self.log.file.truncate(self.progress.log_bytes)
 
     def finish(self):
-        """Write the best tensors as a prompt folder; without any, write why there are none."""
+        """Write the best tensors as a prompt folder; if there are none, the reason."""
         progress = self.progress
         advice = "train.rate (and standard_rate, encoded_rate: of the prompt's rows)"
         if self.best is None:
@@ -463,8 +465,8 @@ def save_checkpoint(path, learners, step):
 
 
 def plan_passes(learners, size, command):
-    """Learners that are not over -> [(learners, path of the checkpoint, what it holds or None)]: as
-    checkpoints have them, the others anew."""
+    """Group unfinished learners into passes -> [(learners, path of the checkpoint, its content or
+    None)]: those with a checkpoint as it lists them, the rest from the start."""
     passes = []
     alike = {}
     placed = set()
@@ -475,14 +477,14 @@ def plan_passes(learners, size, command):
             state = read_checkpoint(path)
             names = state["learners"]
             check(names.keys() <= by_name.keys(),
-                  f"{path}: goes on with all that began together: {command_of(learner.folder)}")
+                  f"{path}: its runs are resumed together: {command_of(learner.folder)}")
             passes.append(([by_name[name] for name in names], path, state))
             placed.update(names)
     for learner in learners:
         if learner.folder.name not in placed and not is_over(learner.folder):
             begun_with = command_of(learner.folder)
             check(begun_with in ("", command),
-                  f"{learner.folder}: unfinished, and no run of this command has its checkpoint; "
+                  f"{learner.folder}: unfinished, but no run of this command has its checkpoint; "
                   f"it was begun with: {begun_with}")
             # the learners of a pass have equally many sentences: then their batches are of one size
             alike.setdefault(len(learner.task.lengths), []).append(learner)
@@ -575,7 +577,8 @@ def parse_arguments(argv):
     for name, value in (("train.steps", args.steps), ("prompt.ratio", args.ratio),
                         ("data.name", args.data), ("backbone.name", args.backbone)):
         if value is not None:
-            args.set.insert(0, f"{name}={value}")       # --set has the last word
+            # before the others: --set has the last word; quoted, or YAML would read # and :
+            args.set.insert(0, f"{name}={json.dumps(value)}")
     given = [argument for argument in argv or sys.argv[1:] if argument != "--resume"]
     processes = os.environ.get("LOCAL_WORLD_SIZE")
     program = f"torchrun --nproc_per_node={processes}" if processes else "python"
@@ -596,7 +599,7 @@ def parse_seeds(text):
 
 
 def read_job(args):
-    """What one command is to do, checked before anything is written -> a namespace:
+    """Work out what the command asks for, and check it before anything is written -> a namespace:
 
     config: all settings, resolved; cfg: the section `train` as this mode has it, and what else the
     loop needs; source: the Run to adapt, or None; group: the name of `languages`; corpus, and data,
@@ -604,15 +607,16 @@ def read_job(args):
     ClassificationHead; mode, reads, max_length; and later device, backbone, pad_id and quiet.
     """
     config = read_config(args.sources, args.set)
-    source = Run(args.adapt) if args.adapt else None
+    trust = config["backbone"]["trust_remote_code"]
+    source = Run(args.adapt, trust=trust) if args.adapt else None
     mode = args.mode or (source and source.meta["kind"])
-    check(mode in xpe.KINDS, f"--mode must be one of {', '.join(xpe.KINDS)}, not {mode}")
+    check(mode in xpe.KINDS, f"--mode {mode or 'is missing'}: one of {', '.join(xpe.KINDS)}")
     check(args.ratio is None or (mode == "dual" and not source),
           "--ratio goes with --mode dual, and not with --adapt")
     section = "adapt" if source else "full" if mode == "full" else "train"
     cfg = {**config["train"], **config[section], "mode": mode,
            "dropout": config["backbone"]["dropout"], "tokens": config["evaluate"]["tokens"]}
-    check(cfg["steps"] or cfg["epochs"], "train.steps must be at least 1")
+    check(cfg["steps"] or cfg["epochs"], f"{section}.steps must be at least 1")
     corpus, data = open_corpus(config["data"])
     group, languages = pick_languages(args, config, source)
     check_corpus(corpus, languages, config, source)
@@ -643,6 +647,7 @@ def pick_languages(args, config, source):
     group = args.group or config["sources"]
     groups = config["groups"]
     if args.languages:
+        check(not args.group, "--group and --languages: only one of them")
         languages = [tidy(code) for code in args.languages.split(",")]
         group = "+".join(languages) if len(languages) < 4 else f"{len(languages)}-languages"
     else:
@@ -659,11 +664,12 @@ def pick_languages(args, config, source):
 
 
 def check_corpus(corpus, languages, config, source):
-    """Tell before training: unknown languages, missing splits, sentences that are not new."""
+    """Tell before training: unknown languages, no test split, sentences that are not new."""
     targets = []
     if config["evaluate"]["after_training"]:
         targets = languages if source else corpus.languages()
-        check(any("test" in corpus.splits(code) for code in targets),
+        enough = all if source else any
+        check(enough("test" in corpus.splits(code) for code in targets),
               f"{corpus.root}: no test.tsv; without scoring: --set evaluate.after_training=false")
     known = corpus.languages()
     wanted = sum(resolve_targets(config).values(), [])
@@ -707,7 +713,8 @@ def check_folders(learners, config, resume):
         if finished_training(folder):
             print(f"{folder}: finished already")
         elif is_over(folder):
-            print(f"{folder}: {(folder / DIVERGED).read_text().strip()}; remove it to try again")
+            reason = (folder / DIVERGED).read_text().strip()
+            print(f"{folder}: {reason}; remove the folder to try again")
 
 
 def describe_learners(learners, job, tokenizer, identity):
@@ -736,7 +743,7 @@ def describe_learners(learners, job, tokenizer, identity):
 
 
 def prepare_backbone(job, learners):
-    """Load, check and cut the backbone to what the job needs; read the learners' data with it."""
+    """Load and check the backbone; read the learners' data with its tokenizer."""
     settings = job.config["backbone"]
     cfg = job.cfg
     source = job.source
@@ -794,9 +801,8 @@ def report_results(learners, job):
     """Score what was trained and say what to do next -> exit status: 2 if a learner diverged."""
     trained = [learner for learner in learners if finished_training(learner.folder)]
     if job.config["evaluate"]["after_training"]:
-        trust = job.config["backbone"]["trust_remote_code"]
         how = (job.device, job.cfg["amp"])
-        runs = [Run(learner.folder, trust=trust) for learner in trained
+        runs = [Run(learner.folder, trust=job.trust) for learner in trained
                 if not (learner.folder / "test.json").is_file()]
         if runs and job.source:
             report_adapted(runs, job, how)

@@ -252,8 +252,9 @@ class PromptedClassifier(nn.Module):
     def forward(self, input_ids, attention_mask, owner=None):
         """-> logits (B, C). input_ids, attention_mask: (B, T), padded on the right.
 
-        With K prompts, texts come in K equal blocks, one for each prompt in turn; otherwise
-        `owner` (B,), on the CPU, says which prompt (0 ... K - 1) each text uses.
+        With K prompts, texts come in K equal blocks, one for each prompt in turn, as in training;
+        otherwise, as in evaluation, `owner` (B,), on the CPU, says which prompt (0 ... K - 1) each
+        text uses.
         """
         B, T = input_ids.shape
         P = self.prompt_length

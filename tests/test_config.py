@@ -111,7 +111,7 @@ def test_layers(tmp_path, text, settings, expected):
     ("backbone: {dropout: no}", "backbone.dropout must be true or false, not 'no'"),
     ("prompt: {encoder: mpl}", "prompt.encoder cannot be 'mpl', only mlp, lstm, attention, none"),
     ("train: 3", "train is a section of settings, not a value"),
-    ("sources: [x]", "sources must be the name of a group"),
+    ("sources: [x]", "sources must name a group"),
     ("groups: {x: {a: b}}", "groups.x must be a list of language codes and group names"),
     ("targets: {Sources: [x]}", "targets.Sources: this column is always there"),
     ("train:\n  steps: 1\n  steps: 1", "line 3: the key 'steps' is given twice"),

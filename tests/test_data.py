@@ -230,7 +230,7 @@ def test_a_corpus_is_a_folder_or_on_the_hub(monkeypatch, hub, tmp_path):
 @pytest.mark.parametrize("error, status, line", [
     (ValueError("two\n lines"), 2, "error: two lines\n"),
     (torch.OutOfMemoryError("CUDA"), 2, "error: out of memory: lower train.learners_at_once, "
-     "train.batch_size or evaluate.tokens (CUDA)\n"),
+     "train.batch_size or evaluate.tokens (of a trained run in its config.yaml): CUDA\n"),
     (KeyboardInterrupt(), 130, "interrupted\n")])
 def test_an_error_is_one_line(error, status, line):
     """Catches: tracebacks, a status of 0 after an error."""

@@ -23,13 +23,12 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-import config
 import data
 import evaluate
 import runs
 import train
 import xpe
-from helpers import WORDS, close, corpus, run, tiny
+from helpers import WORDS, close, corpus, run
 
 
 EXACT = "--device cpu --amp off "
@@ -317,8 +316,8 @@ def test_another_backbone_or_tokenizer_is_told(world, tmp_path):
     identity = {"name": str(world / "backbone"), "revision": "local", "fingerprint": "0" * 16}
     folder = write_run(tmp_path / "run", world, backbone=identity, tokenizer="1" * 16)
     _, err = score(f"{folder} --text star")
-    assert re.search("run: the backbone's weights .* with .0000000000000000", err)
-    assert re.search("run: the tokenizer .* with .1111111111111111", err)
+    assert re.search("run: the backbone's weights .*0000000000000000", err)
+    assert re.search("run: the tokenizer .*1111111111111111", err)
 
 
 # ---- Raw text ------------------------------------------------------------------------------------
@@ -396,10 +395,10 @@ def test_several_runs_answer_each_text_on_one_line(world, tmp_path):
     ("RUN --languages ccc_Lat", r"no language 'ccc_Lat' in .*did you mean ccc_Latn"),
     ("RUN --data /no/where", "/no/where: no such folder"),
     ("RUN --export onnx x", "--export takes one RUN, the word peft and a new folder"),
-    ("RUN --out x --text hi", "go neither with --text nor --export"),
+    ("RUN --out x --text hi", "--out.* --text .*--export"),
     ("RUN --text caf\udce9", "--text: .*(UTF-8|utf-8)"),
     ("RUN --out RUN/prompt.json/x", "prompt.json/x"),
-    ("RUN COPY --out BROKEN/out", "two of the runs would write to"),
+    ("RUN COPY --out BROKEN/out", "two (of the )?runs would write to"),
     ("BROKEN --text star", "not finite numbers .computed in precision")])
 def test_bad_command_lines(world, one, tmp_path, arguments, message):
     """Catches: a traceback, a message without the way out, a run that answers with NaN."""

@@ -8,6 +8,7 @@ import pytest
 
 import evaluate
 import train
+import xpe
 from helpers import run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,3 +40,9 @@ def test_the_commands_have_these_options(command):
 def test_the_files_exist(name):
     """Catches: a file that the README names and nobody finds."""
     assert (ROOT / name).is_file() or name == "labels.txt"
+
+
+def test_the_training_step_is_that_of_xpe():
+    """Catches: a step in the README that is not the one that test_xpe.py runs."""
+    step = re.search(r"```python\n(backbone = .*?)```", README, re.DOTALL)[1]
+    assert step.split() == re.search(r"backbone = .*?zero_grad\(\)", xpe.__doc__, re.DOTALL)[0].split()
