@@ -6,11 +6,11 @@ several backbones or corpora get a report each.
 
     python report.py runs/* --compare xpe spt --plot gain.png --out report
 
-gives, for sample/e5.yaml (ten seeds; gain-languages.png is the same with names):
+gives, for sample/e5.yaml (twenty seeds; gain-languages.png is the same with names):
 
     | method | source | seeds | trainable |    Sources | Low-performing | ...
     | :----- | :----- | ----: | --------: | ---------: | -------------: | ...
-    | xpe    | joshi5 |    10 |   241,735 | 84.9 ± 1.5 |     50.3 ± 1.4 | ...
+    | xpe    | joshi5 |    20 |   241,735 | 85.3 ± 1.2 |     50.1 ± 1.1 | ...
 
 Read downwards: run folders, means over seeds, comparison, tables, pictures, the command. Published
 figures are in published.csv, families and names of languages in baselines.csv. Letters: S seeds,
