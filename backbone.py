@@ -259,11 +259,11 @@ def try_backbone(model, texts, pad_id):
         from_words = model.backbone(inputs_embeds=words, attention_mask=mask)[0]
     logits = model.train()(*both)
     gradient, = torch.autograd.grad(logits.sum(), model.prompts[0].standard)
+    check(together.isfinite().all() and gradient.isfinite().all(),
+          "its outputs or gradients are not finite numbers")
     check(from_ids.shape[:2] == ids.shape and relative_change(from_ids, from_words) < 1e-3,
           "its states differ when it is given word embeddings instead of input_ids (it scales only "
           "its own), so a prompt cannot stand before them")
-    check(together.isfinite().all() and gradient.isfinite().all(),
-          "its outputs or gradients are not finite numbers")
     check(relative_change(alone, other) >= 1e-6,        # 0 / 0 is not a number
           f"with prompt.reads={model.reads} the head sees nothing of the text; a causal model "
           f"needs prompt.reads=last")

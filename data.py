@@ -506,10 +506,12 @@ def main(argv=None):
         if len(codes) > 3:
             names = f"{codes[0]}, {codes[1]} ... {codes[-1]}"
         print(f"{names:<32}{train:>8}{dev:>8}{test:>8}")
-    print(f"{len(corpus.languages())} languages, {labels.total():,} sentences, "
-          f"{len(corpus.labels)} labels: "
-          + ", ".join(f"{label} {labels[label]:,}" for label in corpus.labels))
-    for line in find_leaks(corpus, corpus.languages(), corpus.languages()):
+    codes = corpus.languages()
+    total = labels.total()
+    counts = [f"{label} {labels[label]:,}" for label in corpus.labels]
+    print(f"{len(codes)} languages, {total:,} sentences, {len(counts)} labels: "
+          f"{', '.join(counts)}")
+    for line in find_leaks(corpus, codes, codes):
         print(line)
 
 

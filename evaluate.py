@@ -380,8 +380,9 @@ def table(run, every_language=True):
     if every_language:
         cells = []
         for line in sorted(run.lines, key=lambda line: -line["accuracy"]):
-            mark = "*" if line["language"] in run.sources else " "
-            cells.append(f"{line['language']}{mark} {line['accuracy']:5.1f}")
+            code = line["language"]
+            mark = "*" if code in run.sources else " "
+            cells.append(f"{code}{mark} {line['accuracy']:5.1f}")
         text += ["  " + "   ".join(cells[start:start + 6]) for start in range(0, len(cells), 6)]
         text.append("  * source language")
     return "\n".join(text)
@@ -397,9 +398,10 @@ def method_table(runs):
                 means[f"{method}, {len(run.sources)} sources", title].append(mean)
     text = ["mean ± standard deviation over runs"]
     for (method, title), values in means.items():
-        spread = f"± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-        text.append(f"  {method:<20} {title:<20} {np.mean(values):5.1f} {spread:<6} "
-                    f"{len(values)} runs")
+        mean = np.mean(values)
+        count = len(values)
+        spread = f"± {np.std(values, ddof=1):.1f}" if count > 1 else ""
+        text.append(f"  {method:<20} {title:<20} {mean:5.1f} {spread:<6} {count} runs")
     return "\n".join(text)
 
 

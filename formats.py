@@ -87,12 +87,15 @@ def meta_of_the_authors(config, out_proj):
         "revision": str(config.get("revision") or "main"),
         "type": "xlm-roberta",
     }
+    kind = {0: "spt", 1: "xpe"}.get(ratio, "dual")
+    head = {"width": width, "classes": classes, "dropout": 0.1}
+    labels = [str(number) for number in range(classes)]
     return {
-        "kind": {0: "spt", 1: "xpe"}.get(ratio, "dual"),
+        "kind": kind,
         "reads": "prompt",
         "prompt": prompt,
-        "head": {"width": width, "classes": classes, "dropout": 0.1},
-        "labels": [str(number) for number in range(classes)],
+        "head": head,
+        "labels": labels,
         "max_length": 164,      # authors' code: their setting for SIB-200; the files do not say it
         "backbone": backbone,
         "training": {},
@@ -118,9 +121,11 @@ def export_peft(folder, prompt, head, meta):
           f"peft has no form for a {meta['kind']} run whose head reads {meta['reads']!r}")
     check(backbone.get("type") in LIKE_ROBERTA,
           f"peft would put this head into a {backbone.get('type')} model, whose head is different")
-    name, revision = backbone["name"], backbone["revision"]
+    name = backbone["name"]
+    revision = backbone["revision"]
     if revision == "local":         # the export must load from any other folder, too
-        name, revision = str(locate(backbone)[0]), None
+        name = str(locate(backbone)[0])
+        revision = None
     folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     check(not any(folder.iterdir()), f"{folder}: not empty; name a new folder")

@@ -437,7 +437,8 @@ class Interrupts:
         for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
             number = getattr(signal, name, None)        # Windows lacks the last two
             # nohup asks for SIGHUP to be ignored
-            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            ignored = name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN
+            if number is not None and not ignored:
                 self.handlers[number] = signal.signal(number, self.note_arrival)
         return self
 
@@ -538,12 +539,16 @@ def describe(job, learners, steps):
     """Print what is trained, how, and the rates in use."""
     cfg = job.cfg
     first = learners[0]
+    count = first.meta["training"]["trainable"]
+    sentences = len(first.task.lengths)
+    batch = f"{cfg['accumulate']} x {cfg['batch_size']}"
     rates = {group["initial_lr"] for group in first.optimizer.param_groups}
-    print(f"{job.mode}: {len(learners)} x {first.meta['training']['trainable']:,} trainable "
-          f"numbers, {len(first.task.lengths):,} sentences of {job.group}")
-    print(f"{steps:,} steps of {cfg['accumulate']} x {cfg['batch_size']} sentences, "
-          f"{cfg['optimizer']}, {cfg['schedule']}, rates {', '.join(map(str, sorted(rates)))}; "
-          f"{job.device.type}, {cfg['amp'].replace('off', 'float32')}", flush=True)
+    rates = ", ".join(map(str, sorted(rates)))
+    precision = cfg["amp"].replace("off", "float32")
+    print(f"{job.mode}: {len(learners)} x {count:,} trainable numbers, {sentences:,} sentences of "
+          f"{job.group}; {job.device.type}, {precision}")
+    print(f"{steps:,} steps of {batch} sentences, {cfg['optimizer']}, {cfg['schedule']}, "
+          f"rates {rates}", flush=True)
 
 
 # ---- The command ---------------------------------------------------------------------------------
@@ -613,7 +618,9 @@ def read_job(args):
     check(mode in xpe.KINDS, f"--mode {mode or 'is missing'}: one of {', '.join(xpe.KINDS)}")
     check(args.ratio is None or (mode == "dual" and not source),
           "--ratio goes with --mode dual, and not with --adapt")
-    section = "adapt" if source else "full" if mode == "full" else "train"
+    section = "full" if mode == "full" else "train"
+    if source:
+        section = "adapt"
     cfg = {**config["train"], **config[section], "mode": mode,
            "dropout": config["backbone"]["dropout"], "tokens": config["evaluate"]["tokens"]}
     check(cfg["steps"] or cfg["epochs"], f"{section}.steps must be at least 1")
@@ -810,8 +817,10 @@ def report_results(learners, job):
             score_runs(runs, "test", None, *how)
     if trained and not job.quiet:
         folders = [shlex.quote(str(learner.folder)) for learner in trained]
-        print(f"next:\n  python {in_reach('evaluate.py')} {folders[0]} --text \"Your sentence\"\n"
-              f"  python {in_reach('report.py')} {' '.join(folders)}")
+        names = " ".join(folders)
+        print("next:")
+        print(f"  python {in_reach('evaluate.py')} {folders[0]} --text \"Your sentence\"")
+        print(f"  python {in_reach('report.py')} {names}")
     stopped = [finished_training(learner.folder)["stopped"] for learner in trained]
     diverged = any(reason.startswith("diverged") for reason in stopped)
     return 2 if diverged or len(trained) < len(learners) else 0

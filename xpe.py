@@ -134,7 +134,9 @@ class SoftPrompt(nn.Module):
 
         # paper: the embeddings start from N(0, 1), torch.nn.Embedding's default
         encoded = count_encoded_rows(length, ratio)
-        self.standard = self.encoded = self.encoder = None
+        self.standard = None
+        self.encoded = None
+        self.encoder = None
         if encoded < length:
             self.standard = nn.Parameter(torch.randn(length - encoded, width))
         if encoded > 0:
