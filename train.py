@@ -158,8 +158,9 @@ class Learner:
         self.seed = seed
         self.languages = languages
         self.meta = meta                    # becomes prompt.json
-        self.task = None                    # see main
+        self.task = None                    # see describe_learners
         self.progress = Progress()
+        self.log = None                     # its metrics.jsonl, locked: see main
         self.best = None                    # tensors of the best step, on the CPU
 
     def build(self, job, backbone, steps):
