@@ -21,6 +21,15 @@ import torch
 import xpe
 from data import check, collate, locate, reading, shorten, warn, why_not_on_hub
 
+try:
+    from speed import cheap_dropout, first_position_only
+except ModuleNotFoundError:     # it only makes things faster
+    cheap_dropout = nullcontext
+
+    def first_position_only(backbone):
+        """The backbone as it is."""
+        return backbone
+
 # On a CPU oneDNN keeps its code for every shape that it meets, 1,024 by default: 3.0 GB after the
 # test sentences of 205 languages, 1.4 GB with this limit, at the same speed.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
@@ -95,15 +104,6 @@ def place(model, device, precision, frozen_weights="amp"):
         return nullcontext
     model.backbone.to(torch.float32)
     return partial(torch.autocast, device.type, DTYPES[precision])
-
-
-def first_position_only(backbone):
-    """The same answers with less work, if speed.py is present and supports this backbone."""
-    try:
-        import speed
-    except ModuleNotFoundError:
-        return backbone
-    return speed.first_position_only(backbone)
 
 
 # ---- Loading -------------------------------------------------------------------------------------

@@ -6,9 +6,9 @@ file needs torch and numpy (huggingface_hub to download) and knows nothing of th
 command it checks and counts a corpus:
 
     $ python data.py --data DIR            (SIB-200: 6 s on one core)
-    languages                           train     dev    test
-    ace_Arab, ace_Latn ... zul_Latn       701      99     204
-    205 languages, 205,820 sentences, 7 labels: science/technology 51,455, travel 40,590, ...
+     train    dev   test  languages
+       701     99    204  ace_Arab, ace_Latn, acm_Arab, acq_Arab, aeb_Arab, afr_Latn and 199 more
+    205 languages, 205,820 sentences, 7 labels: science/technology 51,660, travel 40,590, ...
 
 Read downwards: errors, files, token ids, batches, folders and the hub, the command.
 """
@@ -21,6 +21,7 @@ import math
 import os
 import re
 import sys
+import textwrap
 import threading
 import unicodedata
 from collections import Counter, defaultdict, namedtuple
@@ -69,12 +70,8 @@ def warn(line):
 
 
 def shorten(message, limit=200):
-    """Return a message or error in one line of about `limit` characters at most."""
-    line = " ".join(str(message).split()) or type(message).__name__
-    if len(line) <= limit:
-        return line
-    whole_words = line[:limit].rsplit(" ", 1)[0]
-    return f"{whole_words} ..."
+    """Return a message or error in one line of at most `limit` characters."""
+    return textwrap.shorten(str(message) or type(message).__name__, limit, placeholder=" ...")
 
 
 def shorten_list(words):
@@ -109,13 +106,13 @@ def run_main(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
     except (ValueError, OSError, RuntimeError) as error:
-        line = shorten(error, 1000)
+        advice = ""
         if isinstance(error, RuntimeError):
-            if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in line:
+            if "allocate" not in str(error):            # torch's word for too little memory
                 raise
-            line = ("out of memory: lower train.learners_at_once, train.batch_size or "
-                    f"evaluate.tokens (of a trained run in its config.yaml): {line}")
-        print(f"error: {line}", file=sys.stderr)
+            advice = ("out of memory: lower train.learners_at_once, train.batch_size or "
+                      "evaluate.tokens (of a trained run in its config.yaml): ")
+        print(f"error: {advice}{shorten(error, 1000)}", file=sys.stderr)
         status = 2
     sys.exit(status)
 
@@ -134,16 +131,11 @@ def make_parser(description, options):
 
 def decode(raw, name):
     """Bytes -> text without a byte order mark; ValueError with name:line for what is not UTF-8."""
-    raw = raw.removeprefix(b"\xef\xbb\xbf")
     try:
-        text = raw.decode()
-        bad = raw.find(b"\0")               # valid UTF-8, but a sign of UTF-16 or of a damaged file
+        return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        bad = error.start
-    line = 1 + raw[:bad].count(b"\n")
-    byte = raw[bad:bad + 1].hex()
-    check(bad < 0, f"{name}:{line}: not valid UTF-8 (byte 0x{byte})")
-    return text
+        line = 1 + raw.count(b"\n", 0, error.start)
+        raise ValueError(f"{name}:{line}: not valid UTF-8 ({error.reason})") from None
 
 
 def read_text(path):
@@ -182,28 +174,24 @@ def read_tsv(path, labels=LABELS):
     """
     rows = read_rows(path)
     line, header = next(rows, (1, []))
-    for column in ("category", "text"):
-        check(header.count(column) == 1,
-              f"{path}:{line}: the header must name {column!r} exactly once, it is {header[:6]}")
+    check({"category", "text"}.issubset(header),
+          f"{path}:{line}: the header must name the columns category and text, it is {header[:6]}")
 
     sentences = []
-    line_of = {}                            # index_id -> the line where it was first used
-    number_of = {label: number for number, label in enumerate(labels)}
+    known_ids = set()
     for line, fields in rows:
         where = f"{path}:{line}"
         check(len(fields) == len(header), f"{where}: {len(fields)} fields, not {len(header)}")
         columns = dict(zip(header, fields))
-        label = number_of.get(tidy(columns["category"]))
-        if label is None:
-            raise ValueError(f"{where}: unknown category {columns['category'][:60]!r}, known are "
-                             f"{shorten_list(labels)}; other labels go into a file labels.txt "
-                             f"beside the languages, one on each line")
+        label = tidy(columns["category"])
+        check(label in labels,
+              f"{where}: unknown category {label[:60]!r}, known are {shorten_list(labels)}; other "
+              f"labels go into a file labels.txt beside the languages, one on each line")
         check(columns["text"].strip(), f"{where}: empty text")
         index_id = columns.get("index_id", str(len(sentences)))
-        check(index_id not in line_of,
-              f"{where}: index_id {index_id!r} was already used in line {line_of.get(index_id)}")
-        line_of[index_id] = line
-        sentences.append(Sentence(index_id, label, columns["text"]))
+        check(index_id not in known_ids, f"{where}: index_id {index_id!r} was already used")
+        known_ids.add(index_id)
+        sentences.append(Sentence(index_id, labels.index(label), columns["text"]))
     check(sentences, f"{path}: no sentence in this split")
     return sentences
 
@@ -219,8 +207,8 @@ def read_labels(path):
 class Corpus:
     """A folder <language>/{train,dev,test}.tsv; a file validation.tsv is a dev split too.
 
-    .root is the folder, .labels the label names in the order of their numbers (see find_labels).
-    FileNotFoundError if there is no language, ValueError for files that contradict each other.
+    .root is the folder, .labels the label names in the order of their numbers. FileNotFoundError if
+    there is no language, ValueError for a labels.txt that is none.
     """
 
     def __init__(self, root):
@@ -230,26 +218,14 @@ class Corpus:
         for path in sorted(self.root.glob("[!.]*/*.tsv")):
             split = path.stem.replace("validation", "dev")
             if split in SPLITS:
-                files = self._files[tidy(path.parent.name)]
-                check(split not in files,
-                      f"{path}: {files.get(split)} is the same split; keep only one")
-                files[split] = path
+                self._files[tidy(path.parent.name)].setdefault(split, path)
         if not self._files:
             raise FileNotFoundError(f"{root}: no folder <language>/{{train,dev,test}}.tsv here")
-        self.labels = self.find_labels()
-
-    def find_labels(self):
-        """Return the labels of the file labels.txt beside the languages, else the union of the
-        languages' own, in the order of first mention, else SIB-200's."""
-        shared = self.root / "labels.txt"
-        if shared.is_file():
-            return read_labels(shared)
-        named = [read_labels(path) for path in sorted(self.root.glob("*/labels.txt"))]
-        union = tuple(dict.fromkeys(label for labels in named for label in labels))
-        if len(set(named)) > 1:
-            warn(f"{self.root}: the languages' labels.txt differ; their union is used, in order of "
-                 f"first mention: {', '.join(union)}")
-        return union or LABELS
+        # those of labels.txt beside the languages, else of all languages' own, else SIB-200's
+        shared = list(self.root.glob("labels.txt"))
+        paths = shared or sorted(self.root.glob("*/labels.txt"))
+        named = dict.fromkeys(label for path in paths for label in read_labels(path))
+        self.labels = tuple(named) or LABELS
 
     def languages(self):
         """Return all language codes, sorted."""
@@ -274,6 +250,10 @@ class Corpus:
             self._sentences[path] = read_tsv(path, self.labels)
         return self._sentences[path]
 
+    def read_any(self, language, split):
+        """Return a list of Sentence, empty if the language does not have this split."""
+        return self.read(language, split) if split in self.splits(language) else []
+
 
 def fingerprint(sentences):
     """Return a short hash of ids, labels and texts: two runs with the same one saw equal data."""
@@ -285,38 +265,31 @@ LEAK = 0.02     # share of a split; single sentences are repeated in SIB-200, to
 
 
 def find_leaks(corpus, sources, targets):
-    """List the dev and test sentences that a model trained on `sources` has seen -> lines of text.
+    """List what a model trained on `sources` has seen -> lines of text.
 
-    Reports test sentences that also appear in a source's files (of another language in any split),
-    test sentences whose index_id is in a source's train split, and dev sentences that are in train.
+    That is dev sentences of the sources that are in their train splits, and test sentences of the
+    targets that are in either, found by text or by index_id.
     """
-    places = defaultdict(set)               # a text, or (index_id,) -> {(language, split)}
-    for language in sources:
-        for split in corpus.splits(language):
-            sentences = corpus.read(language, split)
-            # ids that merely number the lines of each file say nothing
-            numbered = any(all(s.index_id == str(i) for i, s in enumerate(sentences, first))
-                           for first in (0, 1))
-            for sentence in sentences:
-                places[sentence.text].add((language, split))
-                if split == "train" and not numbered:
-                    places[sentence.index_id,].add((language, split))
-
     lines = []
-    asked = [(code, "dev") for code in sources] + [(code, "test") for code in targets]
-    for language, split in asked:
-        sentences = corpus.read(language, split) if split in corpus.splits(language) else []
-        texts = [sentence.text for sentence in sentences]
-        ids = [(sentence.index_id,) for sentence in sentences]
-        for what, keys in (("text", texts), ("index_id", ids)):
-            found = Counter(place for key in keys for place in places.get(key, ()))
-            for (other, its_split), count in found.most_common():
-                itself = (other, its_split) == (language, split)
-                is_leak = its_split == "train" or (split == "test" and not itself)
-                if is_leak and count > LEAK * len(sentences):
-                    lines.append(f"{count} of {len(sentences)} {split} sentences of {language} are "
-                                 f"also in {its_split} of {other}, by their {what}")
-                    break
+    places = defaultdict(set)               # (what, its value) -> {"train of eng_Latn", ...}
+    for seen, split, languages in (("train", "dev", sources), ("dev", "test", targets)):
+        for code in sources:
+            for sentence in corpus.read_any(code, seen):
+                for what in ("text", "index_id"):
+                    places[what, getattr(sentence, what)].add(f"{seen} of {code}")
+        for code in languages:
+            sentences = corpus.read_any(code, split)
+            size = len(sentences)
+            # ids that merely number the lines of each file say nothing
+            numbered = size and sentences[-1].index_id in (str(size), str(size - 1))
+            for what in ("text",) if numbered else ("text", "index_id"):
+                found = Counter()
+                for sentence in sentences:
+                    found.update(places.get((what, getattr(sentence, what)), ()))
+                for place, count in found.most_common(1):
+                    if count > LEAK * size:
+                        lines.append(f"{count} of {size} {split} sentences of {code} are also in "
+                                     f"{place}, by their {what}")
     return lines
 
 
@@ -329,31 +302,22 @@ TOKENIZER_LOCK = threading.Lock()
 
 
 def encode(texts, tokenizer, max_length):
-    """Tokenize texts -> (list of int32 arrays of token ids, number of texts that were cut).
+    """Tokenize texts -> list of int32 arrays of token ids, special tokens included.
 
-    The ids include the special tokens. The tokenizer cuts a text of more than max_length tokens.
+    The tokenizer cuts a text of more than max_length tokens; a warning says how many are so long.
     """
     encoded = []
-    cut = 0
     for start in range(0, len(texts), TEXTS_AT_ONCE):
         part = texts[start:start + TEXTS_AT_ONCE]
-        rows = tokenize(part, tokenizer, max_length + 1)    # one token more shows what is too long
-        too_long = [i for i, ids in enumerate(rows) if len(ids) > max_length]
-        if too_long:
-            shorter = tokenize([part[i] for i in too_long], tokenizer, max_length)
-            for i, ids in zip(too_long, shorter):
-                rows[i] = ids
-        encoded += rows
-        cut += len(too_long)
-    return encoded, cut
-
-
-def tokenize(texts, tokenizer, max_length):
-    """Tokenize texts at once -> list of int32 arrays of at most max_length token ids."""
-    with TOKENIZER_LOCK, reading("the backbone's tokenizer fails"):
-        output = tokenizer(texts, truncation=True, max_length=max_length,
-                           return_attention_mask=False, return_token_type_ids=False)
-    return [np.array(ids, dtype=np.int32) for ids in output["input_ids"]]
+        with TOKENIZER_LOCK, reading("the backbone's tokenizer fails"):
+            rows = tokenizer(part, truncation=True, max_length=max_length,
+                             return_attention_mask=False, return_token_type_ids=False)
+        encoded += [np.array(ids, dtype=np.int32) for ids in rows["input_ids"]]
+    longest = sum(len(ids) == max_length for ids in encoded)
+    if longest:
+        warn(f"{longest:,} of {len(texts):,} texts fill or exceed data.max_length, {max_length} "
+             f"tokens, where they are cut")
+    return encoded
 
 
 def collate(encoded, pad_id):
@@ -362,13 +326,11 @@ def collate(encoded, pad_id):
     Padding is on the *right*: left padding would shift the positions that XLM-R gives to
     `inputs_embeds`.
     """
-    longest = max(len(ids) for ids in encoded)
-    input_ids = np.full((len(encoded), longest), pad_id, dtype=np.int64)
-    attention_mask = np.zeros_like(input_ids)
-    for i, ids in enumerate(encoded):
-        input_ids[i, :len(ids)] = ids
-        attention_mask[i, :len(ids)] = 1
-    return torch.from_numpy(input_ids), torch.from_numpy(attention_mask)
+    lengths = np.array([len(ids) for ids in encoded])
+    is_token = np.arange(lengths.max()) < lengths[:, None]          # (B, T)
+    input_ids = np.full(is_token.shape, pad_id)
+    input_ids[is_token] = np.concatenate(encoded)
+    return torch.from_numpy(input_ids), torch.from_numpy(is_token.astype(np.int64))
 
 
 # ---- Batches -------------------------------------------------------------------------------------
@@ -452,6 +414,7 @@ def locate(where, kind="model", patterns=None):
         if folder.is_dir():
             folder = folder.resolve()
             return folder, {"name": name, "revision": "local", "folder": str(folder)}
+    # only a few backbones have a name without an owner
     on_hub = re.fullmatch(r"\w[\w.-]*/[\w.-]+" if patterns else r"\w[\w.-]*(/[\w.-]+)?", name)
     mistyped = path.parent != Path(".") and path.parent.is_dir()
     if not on_hub or revision == "local" or mistyped:
@@ -491,25 +454,19 @@ def main(argv=None):
     args = parser.parse_args(argv)
     check(args.data, "--data is missing")
     corpus, _ = open_corpus({"name": args.data, "revision": "main"})
+    codes = corpus.languages()
     languages_with = defaultdict(list)      # numbers of sentences -> languages with these numbers
     labels = Counter()
-    for language in corpus.languages():
-        numbers = []
-        for split in SPLITS:
-            sentences = corpus.read(language, split) if split in corpus.splits(language) else []
-            labels.update(corpus.labels[sentence.label] for sentence in sentences)
-            numbers.append(len(sentences))
-        languages_with[tuple(numbers)].append(language)
-    print(f"{'languages':<32}{'train':>8}{'dev':>8}{'test':>8}")
-    for (train, dev, test), codes in languages_with.items():
-        names = ", ".join(codes)
-        if len(codes) > 3:
-            names = f"{codes[0]}, {codes[1]} ... {codes[-1]}"
-        print(f"{names:<32}{train:>8}{dev:>8}{test:>8}")
-    codes = corpus.languages()
-    total = labels.total()
-    counts = [f"{label} {labels[label]:,}" for label in corpus.labels]
-    print(f"{len(codes)} languages, {total:,} sentences, {len(counts)} labels: "
+    for language in codes:
+        of_splits = [corpus.read_any(language, split) for split in SPLITS]
+        languages_with[tuple(map(len, of_splits))].append(language)
+        labels.update(sentence.label for sentences in of_splits for sentence in sentences)
+    print(" train    dev   test  languages")
+    for numbers, same in languages_with.items():
+        counts = "".join(f"{number:6} " for number in numbers)
+        print(f"{counts} {shorten_list(same)}")
+    counts = [f"{label} {labels[number]:,}" for number, label in enumerate(corpus.labels)]
+    print(f"{len(codes)} languages, {labels.total():,} sentences, {len(counts)} labels: "
           f"{', '.join(counts)}")
     for line in find_leaks(corpus, codes, codes):
         print(line)

@@ -15,9 +15,8 @@ and from Python:
     classifier = evaluate.load("runs/xpe-joshi5-s11")
     labels, probabilities = classifier(["The match was decided in the last minute."])
 
-Read downwards: predictions, metrics, classifier, scoring, tables, the command.
+Read downwards: predictions, metrics, classifier, scoring, the command.
 """
-import os
 import sys
 import time
 from collections import defaultdict
@@ -42,28 +41,29 @@ from runs import (Run, method_name, read_json, read_tensors, save_prompt, write_
 # ---- Predictions ---------------------------------------------------------------------------------
 
 @torch.no_grad()
-def predict(model, encoded, pad_id, owner=None, budget=16384, autocast=nullcontext, progress=False):
-    """Logits (n, C), float32 on the CPU, in the order given, whatever order they are computed in.
+def predict(model, encoded, pad_id, budget=16384, autocast=nullcontext):
+    """Logits of texts, in the order given, whatever order they are computed in.
 
-    encoded: n lists of token ids. owner (n,): the prompt (0 ... K - 1) of each text, by default 0.
-    budget: positions of one batch, prompt rows and padding counted. The model is left in evaluation
-    mode.
+    encoded: for each of the model's K prompts a list of n texts, which are lists of token ids ->
+    for each prompt a tensor (n, C), float32 on the CPU. budget: positions of one batch, prompt rows
+    and padding counted. The model is left in evaluation mode.
     """
     model.eval()
     head = model.heads[0]
     device = head.out_proj.weight.device
-    if owner is None:
-        owner = torch.zeros(len(encoded), dtype=torch.long)
-    lengths = [len(ids) for ids in encoded]
+    texts = list(chain.from_iterable(encoded))
+    lengths = [len(ids) for ids in texts]
+    sizes = [len(own) for own in encoded]
+    owner = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
     batches = token_batches(lengths, budget, model.prompt_length)
-    hide_progress = None if progress else True          # None: hidden unless stderr is a terminal
-    logits = torch.full((len(encoded), head.config["classes"]), float("nan"))
-    for indices in tqdm(batches, unit=" batches", leave=False, disable=hide_progress):
-        input_ids, mask = collate([encoded[i] for i in indices], pad_id)
+    logits = torch.full((len(texts), head.config["classes"]), float("nan"))
+    # progress is shown in a terminal, if it takes long
+    for indices in tqdm(batches, unit=" batches", leave=False, disable=None, delay=5):
+        input_ids, mask = collate([texts[i] for i in indices], pad_id)
         with autocast():
             answer = model(input_ids.to(device), mask.to(device), owner[indices])   # (B, C)
         logits[indices] = answer.float().cpu()
-    return logits
+    return logits.split(sizes)
 
 
 # ---- Metrics, all in percent ---------------------------------------------------------------------
@@ -130,14 +130,14 @@ class Classifier:
             settings["trust_remote_code"])
         reads = first.meta["reads"]
         check_backbone(backbone, self.tokenizer, self.identity, reads)
+        now = {"backbone": self.identity["fingerprint"],
+               "tokenizer": tokenizer_fingerprint(self.tokenizer)}
         for run in runs:
-            for what, now, then in (
-                    ("backbone's weights", self.identity["fingerprint"],
-                     run.meta["backbone"].get("fingerprint")),
-                    ("tokenizer", tokenizer_fingerprint(self.tokenizer),
-                     run.meta.get("tokenizer"))):
-                if then and then != now:
-                    warn(f"{run.name}: the {what} ({now}) differ from those used in training "
+            trained_with = {"backbone": run.meta["backbone"].get("fingerprint"),
+                            "tokenizer": run.meta.get("tokenizer")}
+            for what, then in trained_with.items():
+                if then not in (None, now[what]):
+                    warn(f"{run.name}: the {what} ({now[what]}) differs from that of its training "
                          f"({then})")
         frozen = first.meta["kind"] != "full"
         if not frozen:
@@ -156,39 +156,26 @@ class Classifier:
     def __call__(self, texts):
         """Classify any number of texts, in order -> (labels, a list of str; probabilities (n, C)).
 
-        The classes are in the order of `.labels`. Raises TypeError for what is not a list of texts.
+        The classes are in the order of `.labels`. ValueError for one text instead of a list.
         """
-        if isinstance(texts, str):
-            raise TypeError("give a list of texts, not one text")
-        texts = list(texts)
-        for number, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise TypeError(f"text {number} must be a str, got {text!r}")
-        probabilities = self.answer([texts])[0]
-        best = probabilities.argmax(dim=1).tolist()
-        return [self.labels[label] for label in best], probabilities
+        check(not isinstance(texts, str), "give a list of texts, not one text")
+        probabilities, = self.answer([list(texts)])
+        return [self.labels[label] for label in probabilities.argmax(dim=1)], probabilities
 
-    def answer(self, texts_of_runs, progress=False):
+    def answer(self, texts_of_runs):
         """texts_of_runs: for each run its n texts -> for each run its probabilities (n, C).
 
         Raises ValueError for logits that are not finite."""
-        texts = list(chain.from_iterable(texts_of_runs))
-        distinct = list(dict.fromkeys(texts))
-        encoded, cut = encode(distinct, self.tokenizer, self.max_length)
-        if cut:
-            warn(f"{cut:,} of {len(distinct):,} texts cut at {self.max_length} tokens")
-        ids_of_text = dict(zip(distinct, encoded))
-        ids = [ids_of_text[text] for text in texts]
-        sizes = [len(texts_of_run) for texts_of_run in texts_of_runs]
-        owner = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+        distinct = list(dict.fromkeys(chain.from_iterable(texts_of_runs)))
+        ids = dict(zip(distinct, encode(distinct, self.tokenizer, self.max_length)))
+        encoded = [[ids[text] for text in texts] for texts in texts_of_runs]
         pad_id = self.tokenizer.pad_token_id or 0
-        logits = predict(self.model, ids, pad_id, owner, self.budget, self.autocast, progress)
-        logits_of_runs = logits.split(sizes)
-        for run, run_logits in zip(self.runs, logits_of_runs):
-            check(run_logits.isfinite().all(),
+        logits = predict(self.model, encoded, pad_id, self.budget, self.autocast)
+        for run, of_run in zip(self.runs, logits):
+            check(of_run.isfinite().all(),
                   f"{run.name}: its logits are not finite numbers (computed in precision "
                   f"{self.precision}; --amp off is float32)")
-        return [run_logits.softmax(dim=1) for run_logits in logits_of_runs]
+        return [of_run.softmax(dim=1) for of_run in logits]
 
 
 def load(run, device="auto", backbone=None, amp="auto"):
@@ -207,201 +194,188 @@ def load(run, device="auto", backbone=None, amp="auto"):
 
 def group_runs(runs):
     """Runs -> lists of runs that can share one pass through the backbone, in order."""
-    groups = {}
+    groups = defaultdict(list)
     for run in runs:
-        where = [run.meta[section][key] for section in ("backbone", "data")
-                 for key in ("name", "revision")]
-        how = [run.meta[name] for name in ("reads", "max_length", "labels")]
+        backbone = run.meta["backbone"]
         # full fine-tuning has a backbone of its own
-        rows = run.prompt.length if run.prompt else str(run.folder)
-        key = repr([where, how, rows, run.config["train"]["frozen_weights"]])
-        groups.setdefault(key, []).append(run)
+        rows = run.prompt.length if run.prompt else run.folder
+        groups[backbone["name"], backbone["revision"], run.config["train"]["frozen_weights"], rows,
+               run.meta["reads"], run.meta["max_length"], str(run.meta["labels"])].append(run)
     return list(groups.values())
 
 
 # ---- Scoring on a split --------------------------------------------------------------------------
-# A run that is scored gets .out, the folder for its scores, or None; .sentences, pairs (language,
-# Sentence); .facts, what computes the scores and on which data; .probabilities (n, C); .lines,
-# those of <split>.csv.
 
-def score_runs(runs, split="test", languages=None, device=None, amp="auto", out=None, show=True,
-               again=True):
-    """Score runs -> for each run its lines: dicts of language, n, accuracy, macro_f1, majority.
+class Scores:
+    """What a run answers on a split.
 
-    languages: codes, by default all (of an adapted prompt its own). Prints tables (show) and writes
-    <split>.csv, .json and _predictions.csv to `out`/<name of the run>, by default to each run's own
-    folder. If `languages` are given, or backbone or data are not the run's own, nothing is written
-    unless `out` is given. again=False: a run with scores of the same prompt, data and backbone
-    (and precision, unless `amp` is auto) is shown, not computed. Raises, before anything is
-    computed, ValueError where two runs would write to one folder and, with again=False, where
-    scores of other languages would be lost.
+    .sentences: pairs (language, Sentence); .lines: those of <split>.csv, empty until `take` or
+    `read` fills them; .facts: what they were computed with; .folder: where they are kept, or None.
+    """
+
+    def __init__(self, run, split, languages, out):
+        corpus, where = open_corpus(run.meta["data"])
+        labels = run.meta["labels"]
+        check(list(corpus.labels) == labels,
+              f"{corpus.root} has the labels {', '.join(corpus.labels)}; {run.name} was trained on "
+              f"{', '.join(labels)}: labels.txt must name these, in this order")
+        self.run = run
+        self.split = split
+        self.folder = None if languages or run.changed else run.results
+        if out:
+            self.folder = Path(out).expanduser() / run.name
+            check(not (self.folder / "metrics.jsonl").is_file() or
+                  self.folder.resolve() == run.folder,
+                  f"{self.folder}: is another trained run; --out names another folder")
+        if not languages and "adapted_to" in run.meta:
+            languages = [run.meta["adapted_to"]]
+        languages = languages or [code for code in corpus.languages()
+                                  if split in corpus.splits(code)]
+        check(languages, f"{corpus.root}: no language has a file {split}.tsv")
+        self.sentences = [(code, sentence) for code in languages
+                          for sentence in corpus.read(code, split)]
+        backbone = run.meta["backbone"]
+        self.facts = {"revision": where["revision"], "prompt": run.fingerprint(),
+                      "data": fingerprint([sentence for _, sentence in self.sentences]),
+                      "backbone": {"name": backbone["name"], "revision": backbone["revision"]}}
+        self.lines = []
+
+    def read(self, amp, again):
+        """Take what an earlier call left, if its facts were the same. Raises ValueError where
+        scores of other languages would be lost."""
+        path = self.folder / f"{self.split}.json"
+        if again or not path.is_file():
+            return
+        earlier = read_json(path)
+        lines = earlier.get("lines", [])
+        codes = {code for code, _ in self.sentences}
+        lost = [line["language"] for line in lines if line["language"] not in codes]
+        check(not lost, f"{path}: has scores of {shorten_list(lost)}, which would be lost; --out "
+                        f"names another folder, --again writes over them")
+        facts = self.facts if amp == "auto" else {**self.facts, "precision": amp}
+        if all(earlier.get(fact) == value for fact, value in facts.items()):
+            self.lines = lines
+
+    def take(self, probabilities):
+        """Compute the lines from the answers (n, C)."""
+        self.probabilities = probabilities
+        answers = defaultdict(list)
+        for (code, sentence), predicted in zip(self.sentences, probabilities.argmax(dim=1)):
+            answers[code].append((sentence.label, int(predicted)))
+        for code, pairs in answers.items():
+            labels, predicted = np.array(pairs).T
+            self.lines.append({
+                "language": code, "n": len(pairs), "accuracy": accuracy(labels, predicted),
+                "macro_f1": macro_f1(labels, predicted), "majority": majority(labels)})
+
+    def means(self, figure="accuracy"):
+        """group_means of one of the figures in the lines."""
+        figures = {line["language"]: line[figure] for line in self.lines}
+        return group_means(figures, self.run.config, self.run.sources)
+
+    def write(self):
+        """Write <split>_predictions.csv, <split>.csv and <split>.json; elsewhere than in the run's
+        own folder also the prompt and its configuration, which the report reads."""
+        run = self.run
+        path = self.folder / self.split
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.folder.resolve() != run.folder:
+            save_prompt(self.folder, run.prompt, run.head, run.meta)
+            write_atomically(self.folder / "config.yaml", dump_config(run.config))
+        names = run.meta["labels"]
+        rows = []
+        for (code, sentence), shares in zip(self.sentences, self.probabilities.tolist()):
+            predicted = names[shares.index(max(shares))]
+            figures = [f"{share:.5f}" for share in shares]
+            rows.append([code, sentence.index_id, names[sentence.label], predicted, *figures])
+        columns = ["language", "index_id", "label", "predicted", *(f"p({name})" for name in names)]
+        write_csv(f"{path}_predictions.csv", columns, rows)
+        rows = []
+        for code, n, *figures in map(dict.values, self.lines):
+            rows.append([code, n, *(f"{figure:.4f}" for figure in figures)])
+        write_csv(f"{path}.csv", self.lines[0], rows)
+        write_json(f"{path}.json", {            # last: then all three are there
+            "run": run.name, "sources": run.sources, **self.facts, "groups": self.means(),
+            "lines": self.lines})
+
+    def table(self, every_language=True):
+        """The scores as text: means over groups, then every language, the best first."""
+        majorities = self.means("majority")
+        text = [self.run.name,
+                f"  {'mean over languages':<20} accuracy %  majority class %  languages"]
+        for title, (mean, scored, of) in self.means().items():
+            if scored:
+                rest = f" of {of}" if scored < of else ""
+                text.append(f"  {title:<20} {mean:10.1f}  {majorities[title][0]:16.1f}  "
+                            f"{scored:9}{rest}")
+        if every_language:
+            cells = []
+            for line in sorted(self.lines, key=lambda line: -line["accuracy"]):
+                mark = "*" if line["language"] in self.run.sources else " "
+                cells.append(f"{line['language']}{mark} {line['accuracy']:5.1f}")
+            for start in range(0, len(cells), 6):
+                text.append("  " + "   ".join(cells[start:start + 6]))
+            text.append("  * source language")
+        return "\n".join(text)
+
+
+def score_runs(runs, split, languages, device, amp="auto", out=None, again=True):
+    """Score runs and print tables -> list of Scores.
+
+    languages: codes, by default all (of an adapted prompt its own). Files go to `out`/<name of the
+    run>, by default to each run's own folder. If `languages` are given, or backbone or data are not
+    the run's own, nothing is written unless `out` is given. again=False: a run with scores of the
+    same prompt, data and backbone (and precision, unless `amp` is auto) is shown, not computed.
+    Raises, before anything is computed, ValueError where two runs would write to one folder and,
+    with again=False, where scores of other languages would be lost.
     """
     start = time.time()
-    device = device or pick_device()
-    for group in group_runs(runs):
-        prepare_group(group, split, languages, amp, out, again)
-    folders = [run.out for run in runs if run.out]
-    check(len(set(folders)) == len(folders), "two runs would write to the same folder; score "
-                                             "them separately, each with its own --out")
-    for run in runs:
-        trained = run.out and (run.out / "metrics.jsonl").is_file()
-        check(not trained or run.out.resolve() == run.folder,
-              f"{run.out}: is another trained run; --out names another folder")
-    to_compute = [run for run in runs if not run.lines]
+    scores = {run: Scores(run, split, languages, out) for run in runs}
+    kept = [own for own in scores.values() if own.folder]
+    check(len({own.folder for own in kept}) == len(kept), "two runs would write to the same "
+          "folder; score them separately, each with its own --out")
+    for own in kept:
+        own.read(amp, again)
+    to_compute = [run for run in runs if not scores[run].lines]
     for group in group_runs(to_compute):
-        compute(group, device, amp)
-        for run in group:
-            if run.out:
-                write_scores(run, split)
-    if show:
-        for run in runs:
-            print(table(run, every_language=len(runs) < 4))
-            told = "not written: --out FOLDER keeps the scores"
-            if run.out and run in to_compute:
-                told = f"{run.out}/{split}.csv, .json, _predictions.csv"
-            elif run.out:
-                told = f"{run.out}: scored already; --again scores it again"
-            print(f"  {told}")
-        count = sum(len(run.sentences) for run in to_compute)
-        print(f"{count:,} sentences in {time.time() - start:.1f} s, loading included\n")
-        if len(runs) > 1:
-            print(method_table(runs))
-    return [run.lines for run in runs]
+        classifier = Classifier(group, device, amp)
+        texts = [[sentence.text for _, sentence in scores[run].sentences] for run in group]
+        for run, probabilities in zip(group, classifier.answer(texts)):
+            own = scores[run]
+            own.take(probabilities)
+            own.facts.update(precision=classifier.precision, device=device.type)
+            run.meta["backbone"] = classifier.identity      # what the report reads
+            if own.folder:
+                own.write()
+    for run, own in scores.items():
+        print(own.table(every_language=len(runs) < 4))
+        told = "not written: --out FOLDER keeps the scores"
+        if own.folder and run in to_compute:
+            told = f"{own.folder}/{split}.csv, .json, _predictions.csv"
+        elif own.folder:
+            told = f"{own.folder}: scored already; --again scores it again"
+        print(f"  {told}")
+    count = sum(len(scores[run].sentences) for run in to_compute)
+    print(f"{count:,} sentences in {time.time() - start:.1f} s, loading included\n")
+    if len(runs) > 1:
+        print(method_table(scores.values()))
+    return list(scores.values())
 
 
-def prepare_group(runs, split, languages, amp, out, again):
-    """Read the sentences that runs of one backbone and corpus answer, and any earlier scores."""
-    corpus, place_of_data = open_corpus(runs[0].meta["data"])
-    labels = runs[0].meta["labels"]
-    check(list(corpus.labels) == labels,
-          f"{corpus.root} has the labels {', '.join(corpus.labels)}; {runs[0].name} was trained on "
-          f"{', '.join(labels)}: labels.txt must name these, in this order")
-    able = [code for code in corpus.languages() if split in corpus.splits(code)]
-    check(able, f"{corpus.root}: no language has a file {split}.tsv")
-    for run in runs:
-        run.out = None if languages or run.changed else run.results
-        if out:
-            run.out = Path(out).expanduser() / run.name
-        codes = languages or able
-        if "adapted_to" in run.meta and not languages:
-            codes = [run.meta["adapted_to"]]
-        run.sentences = []
-        for code in codes:
-            run.sentences += [(code, sentence) for sentence in corpus.read(code, split)]
-        backbone = run.meta["backbone"]
-        run.facts = {"revision": place_of_data["revision"], "prompt": run.fingerprint(),
-                     "data": fingerprint([sentence for _, sentence in run.sentences]),
-                     "backbone": {"name": backbone["name"], "revision": backbone["revision"]}}
-        if amp != "auto":
-            run.facts["precision"] = amp
-        run.lines = []
-        if run.out and not again:
-            run.lines = read_scores(run.out / f"{split}.json", run.facts, codes)
-
-
-def read_scores(path, facts, codes):
-    """The lines of an earlier call if its facts were the same, otherwise none. Raises ValueError if
-    scores of languages that are not among `codes` would be lost."""
-    if not path.is_file():
-        return []
-    summary = read_json(path)
-    lost = [code for code in summary.get("languages", ()) if code not in codes]
-    check(not lost, f"{path}: has scores of {shorten_list(lost)}, which would be lost; --out names "
-                    f"another folder, --again writes over them")
-    same = all(summary.get(fact) == value for fact, value in facts.items())
-    return summary.get("lines", []) if same else []
-
-
-def compute(runs, device, amp):
-    """Score runs of one backbone, in one pass through it."""
-    classifier = Classifier(runs, device, amp)
-    texts_of_runs = [[sentence.text for _, sentence in run.sentences] for run in runs]
-    for run, probabilities in zip(runs, classifier.answer(texts_of_runs, progress=True)):
-        run.probabilities = probabilities
-        run.facts.update(precision=classifier.precision, device=device.type)
-        run.meta["backbone"] = classifier.identity      # what the report reads
-        predicted = probabilities.argmax(dim=1).numpy()
-        languages = np.array([language for language, _ in run.sentences])
-        labels = np.array([sentence.label for _, sentence in run.sentences])
-        for language in dict.fromkeys(languages.tolist()):
-            own = languages == language
-            pair = labels[own], predicted[own]
-            run.lines.append({"language": language, "n": int(own.sum()),
-                              "accuracy": accuracy(*pair), "macro_f1": macro_f1(*pair),
-                              "majority": majority(labels[own])})
-
-
-def write_scores(run, split):
-    """Write <split>_predictions.csv, <split>.csv and <split>.json; elsewhere than in the run's own
-    folder also the prompt and its configuration, which the report reads."""
-    folder = run.out
-    names = run.meta["labels"]
-    folder.mkdir(parents=True, exist_ok=True)
-    if folder.resolve() != run.folder:
-        save_prompt(folder, run.prompt, run.head, run.meta)
-        write_atomically(folder / "config.yaml", dump_config(run.config))
-    columns = ["language", "index_id", "label", "predicted", *(f"p({name})" for name in names)]
-    rows = []
-    for (language, sentence), shares in zip(run.sentences, run.probabilities.tolist()):
-        predicted = names[shares.index(max(shares))]
-        figures = [f"{share:.5f}" for share in shares]
-        rows.append([language, sentence.index_id, names[sentence.label], predicted, *figures])
-    write_csv(folder / f"{split}_predictions.csv", columns, rows)
-    rows = []
-    for language, n, *figures in map(dict.values, run.lines):
-        rows.append([language, n, *(f"{figure:.4f}" for figure in figures)])
-    write_csv(folder / f"{split}.csv", run.lines[0], rows)
-    accuracies = {line["language"]: line["accuracy"] for line in run.lines}
-    groups = {}
-    for title, (mean, scored, of) in group_means(accuracies, run.config, run.sources).items():
-        groups[title] = {"accuracy": mean, "languages": scored, "of": of}
-    write_json(folder / f"{split}.json", {          # last: then all three are there
-        "run": run.name, "kind": run.meta["kind"], "sources": run.sources, "split": split,
-        **run.facts, "groups": groups, "languages": accuracies, "lines": run.lines})
-
-
-# ---- Tables --------------------------------------------------------------------------------------
-
-def means_of(run, figure="accuracy"):
-    """group_means of one of the figures in a run's lines."""
-    figures = {line["language"]: line[figure] for line in run.lines}
-    return group_means(figures, run.config, run.sources)
-
-
-def table(run, every_language=True):
-    """The scores of one run as text: means over groups, then every language, the best first."""
-    text = [run.name, f"  {'mean over languages':<20} accuracy %  majority class %  languages"]
-    majorities = means_of(run, "majority")
-    for title, (mean, scored, of) in means_of(run).items():
-        if scored:
-            rest = f" of {of}" if scored < of else ""
-            text.append(f"  {title:<20} {mean:10.1f}  {majorities[title][0]:16.1f}  "
-                        f"{scored:9}{rest}")
-    if every_language:
-        cells = []
-        for line in sorted(run.lines, key=lambda line: -line["accuracy"]):
-            code = line["language"]
-            mark = "*" if code in run.sources else " "
-            cells.append(f"{code}{mark} {line['accuracy']:5.1f}")
-        text += ["  " + "   ".join(cells[start:start + 6]) for start in range(0, len(cells), 6)]
-        text.append("  * source language")
-    return "\n".join(text)
-
-
-def method_table(runs):
+def method_table(scores):
     """Mean ± standard deviation over the runs of each method, as text."""
     means = defaultdict(list)               # (method, group of languages) -> a mean for each run
-    for run in runs:
+    for own in scores:
+        run = own.run
         method = method_name(run.meta["kind"], run.meta["prompt"])
-        for title, (mean, _, _) in means_of(run).items():
+        for title, (mean, _, _) in own.means().items():
             if mean is not None:
                 means[f"{method}, {len(run.sources)} sources", title].append(mean)
     text = ["mean ± standard deviation over runs"]
     for (method, title), values in means.items():
-        mean = np.mean(values)
-        count = len(values)
-        spread = f"± {np.std(values, ddof=1):.1f}" if count > 1 else ""
-        text.append(f"  {method:<20} {title:<20} {mean:5.1f} {spread:<6} {count} runs")
+        spread = f"± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+        text.append(f"  {method:<20} {title:<20} {np.mean(values):5.1f} {spread:<6} "
+                    f"{len(values)} runs")
     return "\n".join(text)
 
 
@@ -421,10 +395,7 @@ def classify(runs, texts, device, amp="auto"):
 
     A line (for each run) for each text: for a blank one label and probability are empty.
     """
-    with reading("--text"):
-        known = [text for text in texts if text.strip()]
-        check(known, "nothing to classify")
-        "".join(known).encode()         # what the shell passed may not be UTF-8
+    known = [text for text in texts if text.strip()]
     answers = {}                        # (run, text) -> label and probability
     for group in group_runs(runs):
         classifier = Classifier(group, device, amp)
@@ -440,29 +411,23 @@ def classify(runs, texts, device, amp="auto"):
 
 
 def open_runs(args):
-    """Run objects of the RUN arguments. Of several, folders and files that are not a run, or a
-    damaged one, are left out with a warning, so that `dir/*` works; an error if none is left."""
+    """Run objects of the RUN arguments. Of several, what is not a run or is damaged is left out
+    with a warning, so that `dir/*` works; an error if none is left."""
     runs = []
     for where in args.runs:
         try:
             runs.append(Run(where, args.backbone, args.data, args.trust_remote_code))
         except (ValueError, FileNotFoundError) as error:
-            if len(args.runs) == 1 or not os.path.exists(os.path.expanduser(where)):
+            if len(args.runs) == 1:
                 raise
             warn(f"left out: {error}")
     check(runs, f"none of the {len(args.runs)} RUN arguments is a run")
     return runs
 
 
-def split_commas(text):
-    """'a, b' -> ['a', 'b']"""
-    return [tidy(part) for part in text.split(",") if part.strip()]
-
-
 OPTIONS = """
 --split NAME  train, dev or test (default: test)
 --languages CODES  only these languages, or groups of them, separated by commas
---groups NAMES  the same
 --again  score again what has been scored
 --trust-remote-code  allow code that comes with the backbone to run
 --device NAME  cpu, cuda, cuda:1 ... (default: what there is)
@@ -473,31 +438,19 @@ OPTIONS = """
 """
 
 
-def parse_arguments(argv):
-    """The command line -> argparse's namespace; ValueError for what does not go together."""
+def main(argv=None):
+    """The command line."""
     parser = make_parser("Score prompts on every language, classify texts, or export.", OPTIONS)
     parser.add_argument("runs", nargs="*", metavar="RUN",
                         help="run folders, or hub names (name@branch)")
     parser.add_argument("--text", nargs="*", help="classify these, or the lines of standard input")
     parser.add_argument("--export", nargs=2, metavar=("peft", "DIR"),
                         help="write a folder that peft loads")
-    parser.set_defaults(split="test", languages="", groups="", device="auto", amp="auto")
+    parser.set_defaults(split="test", languages="", device="auto", amp="auto")
     args = parser.parse_args(argv)
-    args.languages = split_commas(args.languages)
-    args.groups = split_commas(args.groups)
     check(args.amp in CHOICES["amp"], f"--amp {args.amp}: not one of {', '.join(CHOICES['amp'])}")
     check(args.runs, "RUN is missing: name one or more run folders, runs/* for example, before "
                      "--text: evaluate.py RUN --text \"Your sentence\"")
-    scoring = args.out or args.again or args.languages or args.groups or args.split != "test"
-    check(not scoring or (args.text is None and not args.export),
-          "--out, --again, --languages, --groups and --split cannot go with --text or --export")
-    check(args.text is None or not args.export, "--text and --export: only one of them")
-    return args
-
-
-def main(argv=None):
-    """The command line."""
-    args = parse_arguments(argv)
     device = pick_device(args.device)
     runs = open_runs(args)
     if args.export:
@@ -510,8 +463,9 @@ def main(argv=None):
     elif args.text is not None:
         classify(runs, args.text or read_stdin_texts(), device, args.amp)
     else:
-        languages = resolve_group(runs[0].config, args.languages + args.groups)
-        score_runs(runs, args.split, languages, device, args.amp, args.out, again=args.again)
+        codes = [tidy(code) for code in args.languages.split(",") if code.strip()]
+        languages = resolve_group(runs[0].config, codes)
+        score_runs(runs, args.split, languages, device, args.amp, args.out, args.again)
     return 0
 
 

@@ -39,11 +39,13 @@ DIVERGED = "diverged.txt"
 # ---- Files ---------------------------------------------------------------------------------------
 
 def write_atomically(path, content):
-    """Write bytes, or what content(file) writes: `path` is the old file or the whole new one."""
+    """Write bytes, or what content(file) writes: `path` is the old file or the whole new one.
+
+    ValueError with the path if the disk is full."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid():08}")    # RunLog clears away old ones
+    temporary = path.with_name(f".{path.name}.{os.getpid():08}")    # open_log clears away old ones
     try:
-        with open(temporary, "wb") as file:
+        with reading(path), open(temporary, "wb") as file:
             if callable(content):
                 content(file)
             else:
@@ -51,12 +53,8 @@ def write_atomically(path, content):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException as error:
+    except BaseException:
         temporary.unlink(missing_ok=True)
-        # torch.save hides a full disk in a RuntimeError
-        cause = error.__context__ if isinstance(error, RuntimeError) else error
-        if isinstance(cause, OSError):
-            raise OSError(cause.errno, cause.strerror, str(path)) from None
         raise
 
 
@@ -117,14 +115,11 @@ def load_prompt(folder):
     tensors = read_tensors(path.with_name("prompt.safetensors"))
     with reading(path):
         check(meta["format"] == FORMAT, f"format {meta['format']}, expected {FORMAT}")
-        check(meta["kind"] in xpe.KINDS, f"unknown kind {meta['kind']!r}")
-        check(meta["reads"] in xpe.READS, f"unknown reads {meta['reads']!r}")
-        check(type(meta["max_length"]) is int, "max_length must be a whole number")
-        check(type(meta["labels"]) is type(meta["sources"]) is list, "labels and sources: lists")
+        check(meta["kind"] in xpe.KINDS and meta["reads"] in xpe.READS, "unknown kind or reads")
         texts = [*meta["labels"], *meta["sources"], meta["backbone"]["name"],
                  meta["backbone"]["revision"]]
-        check(all(isinstance(text, str) for text in texts),
-              "labels, sources and the backbone's name must be texts")
+        check(all(isinstance(text, str) for text in texts) and type(meta["max_length"]) is int,
+              "labels, sources, the backbone's name or max_length are of another type")
         prompt, head = restore_prompt(meta, tensors)
     return prompt, head, meta
 
@@ -165,48 +160,34 @@ def why_no_run(folder):
 
 # ---- A run in training ---------------------------------------------------------------------------
 
-class RunLog:
+def open_log(folder):
     """metrics.jsonl of a run, open and locked while the run is trained: nobody else can train it.
 
     Raises FileExistsError if another process has it.
     """
-
-    def __init__(self, folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / "metrics.jsonl"
-        self.file = open(self.path, "ab")
-        try:
-            if fcntl is not None:
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)   # ends with the process
-        except BlockingIOError:
-            raise FileExistsError(f"{folder}: another process is training this run") from None
-        except OSError as error:
-            warn(f"{folder}: this file system cannot lock files ({error.strerror}): make sure "
-                 f"that no other process trains this run")
-        for file in folder.glob(".*.????????"):
-            file.unlink()       # what a killed process was about to rename: write_atomically
-
-    def write(self, values):
-        """Append a line -> the length of the file. OSError with its path if the disk is full."""
-        try:
-            self.file.write(json.dumps(values).encode() + b"\n")
-            self.file.flush()
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.path)) from None
-        return self.file.tell()
-
-
-def finished_training(folder):
-    """What prompt.json says of the training, or None if the run has not come to an end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / "metrics.jsonl", "ab")
     try:
-        return read_json(folder / "prompt.json")["training"]
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)        # ends with the process
+    except BlockingIOError:
+        raise FileExistsError(f"{folder}: another process is training this run") from None
+    except OSError as error:
+        warn(f"{folder}: this file system cannot lock files ({error.strerror}): make sure that no "
+             f"other process trains this run")
+    for left in folder.glob(".*.????????"):
+        left.unlink()           # what a killed process was about to rename: write_atomically
+    return file
+
+
+def outcome(folder):
+    """Why the training of a run has ended: "all steps", "diverged: ..."; "" if it has not."""
+    if (folder / DIVERGED).is_file():
+        return (folder / DIVERGED).read_text().strip()
+    try:
+        return read_json(folder / "prompt.json")["training"]["stopped"]
     except (OSError, ValueError, KeyError):
-        return None
-
-
-def is_over(folder):
-    """Whether nothing is left to train: the run has a prompt, or diverged before it had one."""
-    return finished_training(folder) is not None or (folder / DIVERGED).is_file()
+        return ""
 
 
 def command_of(folder):
@@ -215,13 +196,18 @@ def command_of(folder):
     return path.read_text().partition("\n")[0].removeprefix("# ") if path.is_file() else ""
 
 
-def write_checkpoint(path, state):
-    """Write {step, random, learners: {folder name: state}}, atomically."""
+def save_checkpoint(path, learners, step):
+    """Write the state of a whole pass: {step, random, learners: {folder name: state}}."""
+    random = [torch.get_rng_state()]
+    if torch.cuda.is_available():
+        random.append(torch.cuda.get_rng_state())
+    states = {learner.folder.name: learner.state_dict() for learner in learners}
+    state = {"step": step, "random": random, "learners": states}
     write_atomically(path, lambda file: torch.save(state, file))
 
 
 def read_checkpoint(path):
-    """Read what write_checkpoint wrote; ValueError for a file that is cut, or not a checkpoint."""
+    """Read what save_checkpoint wrote; ValueError for a file that is cut, or not a checkpoint."""
     with reading(f"{path}: cut short or not a checkpoint (remove it and the run starts over)"):
         # weights_only: tensors and plain values; no code in a hostile file is run
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -229,9 +215,9 @@ def read_checkpoint(path):
         return state
 
 
-def differences(before, now, ignore=()):
+def differences(before, now):
     """Two dicts of settings -> "rate was 0.1, not 0.2; ..." for what is not equal."""
-    keys = [key for key in now if key not in ignore and before.get(key, now[key]) != now[key]]
+    keys = [key for key in now if before.get(key, now[key]) != now[key]]
     return "; ".join(f"{key} was {before[key]!r}, not {now[key]!r}" for key in keys)
 
 
@@ -256,10 +242,8 @@ class Run:
             name = str(where)
         self.folder, place = locate({"name": name, "revision": branch or "main"}, "model",
                                     ["*.json", "*.safetensors", "config.yaml"])
-        self.name = self.folder.name
-        self.results = self.folder
-        if place["revision"] != "local":
-            self.name = str(where).replace("/", "--")
+        on_hub = place["revision"] != "local"
+        self.name = str(where).replace("/", "--") if on_hub else self.folder.name
         own_config = self.folder / "config.yaml"
         self.config = read_config(own_config if own_config.is_file() else None)
         released = (self.folder / "adapter_config.json").is_file()
@@ -269,15 +253,14 @@ class Run:
             self.complete_release()
         else:
             self.prompt, self.head, self.meta = load_prompt(self.folder)
-        if released or place["revision"] != "local":
-            # a folder of the authors and the hub's cache are not ours to write to
-            self.results = Path("runs") / self.name
+        # a folder of the authors and the hub's cache are not ours to write to
+        self.results = Path("runs") / self.name if released or on_hub else self.folder
         self.sources = self.meta["sources"]
         self.changed = []
         self.config["backbone"]["trust_remote_code"] = trust    # never the run's own file's to say
         for section, given in (("backbone", backbone), ("data", data)):
             own = self.meta.setdefault(section, self.config[section])
-            if given and not same_place(given, own["name"]):
+            if given and given != own["name"]:
                 self.changed.append(section)
                 own.update(name=given, revision="main", folder=given)
 
@@ -294,16 +277,10 @@ class Run:
 
     def fingerprint(self):
         """A short hash of the trained tensors."""
-        digest = hashlib.sha256()
+        tensors = []
         for module in filter(None, (self.prompt, self.head)):
-            for tensor in module.state_dict().values():
-                digest.update(tensor.cpu().numpy().tobytes())
-        return digest.hexdigest()[:16]
-
-
-def same_place(a, b):
-    """Whether two names of folders or hub repositories mean the same."""
-    return a == b or Path(a).expanduser().resolve() == Path(b).expanduser().resolve()
+            tensors += [tensor.flatten() for tensor in module.state_dict().values()]
+        return hashlib.sha256(torch.cat(tensors).numpy().tobytes()).hexdigest()[:16]
 
 
 def method_name(kind, prompt_config):

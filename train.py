@@ -22,10 +22,10 @@ import platform
 import shlex
 import signal
 import sys
-import time
 import warnings
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from collections import defaultdict
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,21 +37,17 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 import xpe
-from backbone import (check_backbone, first_position_only, load_backbone, pick_device,
-                      pick_precision, place, tokenizer_fingerprint)
+from backbone import (check_backbone, cheap_dropout, first_position_only, load_backbone,
+                      pick_device, pick_precision, place, tokenizer_fingerprint)
 from config import dump_config, in_reach, read_config, resolve_group, resolve_targets
 from data import (check, collate, encode, find_leaks, fingerprint, length_batches, make_parser,
                   nearest, open_corpus, reading, run_main, shorten_list, tidy, warn)
 from evaluate import accuracy, majority, predict, score_runs
-from runs import (DIVERGED, Run, RunLog, command_of, differences, finished_training, is_over,
-                  method_name, read_checkpoint, save_prompt, write_atomically, write_checkpoint)
+from runs import (DIVERGED, Run, command_of, differences, method_name, open_log, outcome,
+                  read_checkpoint, read_json, save_checkpoint, save_prompt, write_atomically)
 
 # Under fp16 a first step that overflows is left out, as it should be; torch takes it for a mistake
 warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
-
-# Settings that only save memory, which --resume may change. (With another learners_at_once, passes
-# that have not begun are cut differently, which changes their dropout.)
-MEMORY_SETTINGS = ("learners_at_once", "tokens")
 
 
 # ---- The data of a task --------------------------------------------------------------------------
@@ -63,16 +59,12 @@ class Task:
         self.ids = {}
         self.labels = {}
         everything = []
-        cut = 0
         for split in ("train", "dev"):
             sentences = [s for language in languages for s in corpus.read(language, split)]
             texts = [sentence.text for sentence in sentences]
-            self.ids[split], n_cut = encode(texts, tokenizer, max_length)
+            self.ids[split] = encode(texts, tokenizer, max_length)
             self.labels[split] = np.array([sentence.label for sentence in sentences])
             everything += sentences
-            cut += n_cut
-        if cut:
-            warn(f"{cut:,} of {len(everything):,} texts cut at {max_length} tokens")
         self.fingerprint = fingerprint(everything)
         self.lengths = np.array([len(ids) for ids in self.ids["train"]])
 
@@ -80,16 +72,16 @@ class Task:
         unknown = np.mean(ids == tokenizer.unk_token_id)
         check(unknown < 0.7, f"{unknown:.0%} of the tokens of {', '.join(languages)} are unknown "
                              f"to the tokenizer: its files are missing, or another model's")
+        size = len(self.lengths)
+        if size < cfg["batch_size"]:
+            warn(f"{size} training sentences are fewer than train.batch_size")
         counts = np.bincount(self.labels["train"], minlength=len(corpus.labels))
-        for label, count in zip(corpus.labels, counts):
-            if count == 0:
-                warn(f"no training sentence has the label {label}")
-        if len(self.lengths) < cfg["batch_size"]:
-            warn(f"{len(self.lengths)} training sentences are fewer than train.batch_size")
-        self.class_weights = torch.ones(len(counts))
+        for number in np.flatnonzero(counts == 0):
+            warn(f"no training sentence has the label {corpus.labels[number]}")
+        weights = np.ones(len(counts))
         if cfg["class_weights"] == "balanced":      # n / (classes x count), as scikit-learn has it
-            weights = len(self.lengths) / (len(counts) * counts.clip(min=1))
-            self.class_weights = torch.tensor(weights, dtype=torch.float32)
+            weights = size / (len(counts) * counts.clip(min=1))
+        self.class_weights = torch.tensor(weights, dtype=torch.float32)
 
 
 # ---- Rates: which tensor moves how fast ----------------------------------------------------------
@@ -146,22 +138,20 @@ class Progress:
     lowest_loss: float = math.inf   # on the dev split, since patience counts
     waited: int = 0                 # evaluations without a lower one
     stopped: str = ""               # why it has ended; empty while it goes on
-    seconds: float = 0.0
     log_bytes: int = 0              # length of metrics.jsonl
 
 
+@dataclass
 class Learner:
-    """One prompt in training: its folder, seed and data; in a pass its modules and optimizer."""
+    """One prompt in training."""
 
-    def __init__(self, folder, seed, languages, meta):
-        self.folder = Path(folder)
-        self.seed = seed
-        self.languages = languages
-        self.meta = meta                    # becomes prompt.json
-        self.task = None                    # see describe_learners
-        self.progress = Progress()
-        self.log = None                     # its metrics.jsonl, locked: see main
-        self.best = None                    # tensors of the best step, on the CPU
+    folder: Path
+    seed: int
+    task: Task
+    meta: dict                  # becomes prompt.json
+    log: object = None          # metrics.jsonl, open and locked
+    best: dict = None           # tensors of the best step, on the CPU
+    progress: Progress = field(default_factory=Progress)
 
     def build(self, job, backbone, steps):
         """Make prompt and head, from the seed or as the source run left them (`modules`: all that
@@ -181,17 +171,22 @@ class Learner:
         self.modules.to(job.device)
         self.parameters = [p for p in self.modules.parameters() if p.requires_grad]
         self.meta["training"]["trainable"] = sum(p.numel() for p in self.parameters)
-        self.optimizer = make_optimizer(parameter_groups(self.modules, job.cfg),
-                                        job.cfg["optimizer"])
+        groups = parameter_groups(self.modules, job.cfg)
+        self.optimizer = make_optimizer(groups, job.cfg["optimizer"])
         self.schedule = make_schedule(self.optimizer, steps, job.cfg)
         self.scaler = torch.amp.GradScaler(job.device.type, enabled=job.cfg["amp"] == "fp16")
         self.class_weights = self.task.class_weights.to(job.device)
         self.loss_sum = torch.zeros((), device=job.device)      # since the last evaluation
-        self.clock = time.time()
 
-    def batches(self, size, epoch):
-        """The batches of an epoch: arrays of sentence numbers."""
-        return length_batches(self.task.lengths, size, self.seed, epoch)
+    def order(self, batch_size, epoch):
+        """The batches of an epoch -> list of arrays of sentence numbers."""
+        return length_batches(self.task.lengths, batch_size, self.seed, epoch)
+
+    def loss(self, logits, labels):
+        """The mean loss of a batch, logits (B, C). ours: divided by sentences and not, as torch
+        does it, by their class weights, which would cancel in a batch of one."""
+        loss = F.cross_entropy(logits, labels, self.class_weights, reduction="sum")
+        return loss / len(labels)
 
     def step(self, clip):
         """Clip the gradient of this learner, take one step, move the schedule on."""
@@ -232,20 +227,21 @@ class Learner:
                 progress.stopped = f"no lower dev loss in {progress.waited} evaluations"
         if step == steps:
             progress.stopped = "all steps"
-        progress.log_bytes = self.log.write(dict(
+        line = json.dumps(dict(
             step=step, loss=round(train_loss, 6), dev_accuracy=round(progress.dev_accuracy, 4),
             dev_loss=round(dev_loss, 6), best=round(progress.best_accuracy, 4)))
+        with reading(self.log.name):            # names the file of a full disk
+            self.log.write(f"{line}\n".encode())
+            self.log.flush()
+        progress.log_bytes = self.log.tell()
 
     def check_settings(self, saved):
         """Raise ValueError if `saved` settings are not those of this run."""
-        changed = differences(saved, self.meta["training"]["settings"], MEMORY_SETTINGS)
+        changed = differences(saved, self.meta["training"]["settings"])
         check(not changed, f"{changed}: --resume goes on with the same settings only")
 
     def state_dict(self):
         """Everything needed to resume."""
-        now = time.time()
-        self.progress.seconds += now - self.clock
-        self.clock = now
         return dict(settings=self.meta["training"]["settings"], progress=asdict(self.progress),
                     modules=self.tensors(), best=self.best, optimizer=self.optimizer.state_dict(),
                     schedule=self.schedule.state_dict(), scaler=self.scaler.state_dict(),
@@ -260,7 +256,7 @@ class Learner:
             getattr(self, name).load_state_dict(state[name])
         self.loss_sum.copy_(state["loss_sum"])
         # lines after the checkpoint will be written again
-        self.log.file.truncate(self.progress.log_bytes)
+        self.log.truncate(self.progress.log_bytes)
 
     def finish(self):
         """Write the best tensors as a prompt folder; if there are none, the reason."""
@@ -270,30 +266,24 @@ class Learner:
             warn(f"{self.folder}: {progress.stopped}; nothing to keep: lower {advice}")
             write_atomically(self.folder / DIVERGED, f"{progress.stopped}\n".encode())
             return
-        self.modules.load_state_dict(self.best)
-        if "backbone" in self.modules:
+        modules = self.modules
+        modules.load_state_dict(self.best)
+        if "backbone" in modules:
             tensors = {name: tensor.cpu() for name, tensor in
-                       self.modules["backbone"].state_dict().items()}
+                       modules["backbone"].state_dict().items()}
             write_atomically(self.folder / "backbone.safetensors", save(tensors, {"format": "pt"}))
         self.meta["training"].update(
             best_step=progress.best_step, dev_accuracy=progress.best_accuracy,
-            dev_loss=progress.best_loss, stopped=progress.stopped, finished=True,
-            seconds=round(progress.seconds, 1))
-        prompt = self.modules["prompt"] if "prompt" in self.modules else None
-        save_prompt(self.folder, prompt, self.modules["head"], self.meta)
+            dev_loss=progress.best_loss, stopped=progress.stopped)
+        prompt = modules["prompt"] if "prompt" in modules else None
+        save_prompt(self.folder, prompt, modules["head"], self.meta)
         tqdm.write(f"{self.folder}: dev accuracy {progress.best_accuracy:.1f} at step "
-                   f"{progress.best_step}, {progress.stopped}, {progress.seconds:.0f} s")
+                   f"{progress.best_step}, {progress.stopped}")
         if progress.best_accuracy < majority(self.task.labels["dev"]) + 1:
             warn(f"{self.folder}: no better than the majority class of the dev split: raise "
                  f"{advice}, or train for more steps")
         # in full fine-tuning, gigabytes for each seed
         self.optimizer = self.schedule = self.parameters = self.modules = self.best = None
-
-
-def head_dropout(config):
-    """The dropout that XLM-R's own classification head takes from the backbone's configuration."""
-    own = getattr(config, "classifier_dropout", None)
-    return float(getattr(config, "hidden_dropout_prob", 0.1) if own is None else own)
 
 
 # ---- The loop ------------------------------------------------------------------------------------
@@ -317,18 +307,18 @@ def join_batches(learners, orders, number, job):
 
 
 def train(learners, model, autocast, job, checkpoint, start=0):
-    """Train the K learners of a pass until each has stopped; False if a signal came before that.
+    """Train the K learners of a pass until each has stopped. A signal ends the process.
 
-    `model` holds their K prompts and heads. All have equally many sentences, so that step i has
-    batches of one size and of like lengths for all. `job`: .cfg, .device, .pad_id, .quiet.
+    `model` holds their prompts and heads. All have equally many sentences: then the batches of a
+    step are of one size and of like lengths. `job`: .cfg, .device, .pad_id, .quiet, .command.
     `checkpoint`: where to write it; `start`: the step that it stands at.
     """
     cfg = job.cfg
-    orders, saved_at, K = None, start, len(learners)
     steps, per_epoch, batches = count_steps(cfg, len(learners[0].task.lengths))
     evaluate_every = cfg["evaluate_every"] or per_epoch
+    orders, saved_at = None, start
     model.eval()
-    with Interrupts() as interrupts:
+    with catch_signals() as arrived:
         for step in tqdm(range(start + 1, steps + 1), initial=start, total=steps, unit=" steps",
                          disable=job.quiet or None):
             if not model.training:          # at the start, and after each evaluation
@@ -339,7 +329,7 @@ def train(learners, model, autocast, job, checkpoint, start=0):
             # each epoch has its own order, a pure function of seed and epoch
             epoch, position = divmod(step - 1, per_epoch)
             if orders is None or position == 0:
-                orders = [learner.batches(cfg["batch_size"], epoch) for learner in learners]
+                orders = [learner.order(cfg["batch_size"], epoch) for learner in learners]
             first = position * cfg["accumulate"]
             numbers = range(first, min(first + cfg["accumulate"], batches))
 
@@ -348,9 +338,8 @@ def train(learners, model, autocast, job, checkpoint, start=0):
                 with autocast(), cheap_dropout(job.device):
                     logits = model(ids, mask)                           # (K*B, C)
                 total = 0.0
-                blocks = zip(learners, logits.float().chunk(K), labels.chunk(K))
-                for learner, block, wanted in blocks:                   # (B, C), (B,)
-                    loss = sentence_loss(learner, block, wanted) / len(numbers)
+                for learner, block, wanted in split_batch(learners, logits, labels):
+                    loss = learner.loss(block, wanted) / len(numbers)
                     learner.loss_sum += loss.detach()       # stays on the device: a look would wait
                     total = total + learner.scaler.scale(loss)
                 total.backward()
@@ -360,56 +349,48 @@ def train(learners, model, autocast, job, checkpoint, start=0):
             if step % evaluate_every == 0 or step == steps:
                 since = (step - 1) % evaluate_every + 1
                 evaluate_learners(learners, model, step, steps, since, job, autocast)
-                if not job.quiet and step * 8 // steps > (step - since) * 8 // steps:
-                    print_progress(learners, step, steps)
-            stopped = any(learner.progress.stopped for learner in learners)
+            going_on = [learner for learner in learners if not learner.progress.stopped]
+            stopped = len(going_on) < len(learners)
             due = not model.training and step - saved_at >= cfg["checkpoint_every"]
-            if stopped or due or interrupts.arrived:
+            if stopped or due or arrived:
                 save_checkpoint(checkpoint, learners, step)
                 saved_at = step
             if stopped:
-                learners = finish_stopped(learners)
-                if not learners:
-                    return not interrupts.arrived
-                K = len(learners)
+                finish_stopped(learners)
+                learners = going_on
                 orders = None
-                model = join_learners(learners, model.backbone, model.reads).eval()
-            if interrupts.arrived:
-                return False
+                model = learners and join_learners(learners, model.backbone, model.reads).eval()
+            if arrived:
+                print(f"interrupted; go on with: {job.command} --resume")
+                sys.exit(130)
+            if not learners:
+                return
 
 
-def sentence_loss(learner, logits, labels):
-    """The mean loss of a batch, logits (B, C). ours: divided by sentences and not, as torch does
-    it, by their class weights, which would cancel in a batch of one."""
-    loss = F.cross_entropy(logits, labels, learner.class_weights, reduction="sum")
-    return loss / len(labels)
+def split_batch(learners, logits, labels):
+    """-> for each learner itself and its own of logits (K*B, C) and labels (K*B,)."""
+    K = len(learners)
+    return zip(learners, logits.float().chunk(K), labels.chunk(K))
 
 
 def evaluate_learners(learners, model, step, steps, since, job, autocast):
     """Evaluate each learner on its own dev split, all in one go; since: steps since the last."""
     texts = [learner.task.ids["dev"] for learner in learners]
-    sizes = [len(own) for own in texts]
-    owner = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
-    logits = predict(model, sum(texts, []), job.pad_id, owner, job.cfg["tokens"], autocast)
-    for learner, own_logits in zip(learners, logits.split(sizes)):
+    logits = predict(model, texts, job.pad_id, job.cfg["tokens"], autocast)
+    for learner, own_logits in zip(learners, logits):
         train_loss = float(learner.loss_sum) / since
         learner.loss_sum.zero_()
         learner.record_evaluation(step, steps, own_logits, train_loss, job.cfg)
-
-
-def print_progress(learners, step, steps):
-    """A line; of several learners the means."""
-    dev = np.mean([learner.progress.dev_accuracy for learner in learners])
-    best = np.mean([learner.progress.best_accuracy for learner in learners])
-    tqdm.write(f"step {step:>6,} of {steps:,}: dev accuracy {dev:.1f}, best {best:.1f}")
+    if not job.quiet:
+        accuracies = [learner.progress.dev_accuracy for learner in learners]
+        tqdm.write(f"step {step:>6,} of {steps:,}: dev accuracy {np.mean(accuracies):.1f}")
 
 
 def finish_stopped(learners):
-    """Write the results of learners that have stopped -> those that go on."""
+    """Write the results of learners that have stopped."""
     for learner in learners:
         if learner.progress.stopped:
             learner.finish()
-    return [learner for learner in learners if not learner.progress.stopped]
 
 
 def join_learners(learners, backbone, reads):
@@ -419,37 +400,31 @@ def join_learners(learners, backbone, reads):
     return xpe.PromptedClassifier(backbone, prompts, heads, reads, frozen=bool(prompts))
 
 
-def cheap_dropout(device):
-    """speed.py's dropout on a CPU; torch's own elsewhere, or if that file has been deleted."""
-    try:
-        from speed import CheapDropout
-    except ImportError:
-        return nullcontext()
-    return CheapDropout() if device.type == "cpu" else nullcontext()
-
-
-class Interrupts:
-    """Ctrl-C and a scheduler's signals become a flag: the step ends and a checkpoint is written.
+@contextmanager
+def catch_signals():
+    """Ctrl-C and a scheduler's signals go into a list: the step ends and a checkpoint is written.
     The second one ends the process at once."""
+    arrived = []
+    usual = {}
 
-    def __enter__(self):
-        self.arrived = False
-        self.handlers = {}
-        for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
-            number = getattr(signal, name, None)        # Windows lacks the last two
-            # nohup asks for SIGHUP to be ignored
-            ignored = name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN
-            if number is not None and not ignored:
-                self.handlers[number] = signal.signal(number, self.note_arrival)
-        return self
+    def note(number, _):
+        arrived.append(number)
+        give_back()
 
-    def note_arrival(self, *_):
-        self.arrived = True
-        self.__exit__()
-
-    def __exit__(self, *_):
-        for number, handler in self.handlers.items():
+    def give_back():
+        for number, handler in usual.items():
             signal.signal(number, handler)
+
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
+        number = getattr(signal, name, None)            # Windows lacks the last two
+        # nohup asks for SIGHUP to be ignored
+        ignored = name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN
+        if number and not ignored:
+            usual[number] = signal.signal(number, note)
+    try:
+        yield arrived
+    finally:
+        give_back()
 
 
 # ---- Passes and checkpoints ----------------------------------------------------------------------
@@ -457,22 +432,13 @@ class Interrupts:
 # the folder of its first learner: whenever the process dies, there is a step at which all of them
 # can go on together.
 
-def save_checkpoint(path, learners, step):
-    """Write the state of a whole pass."""
-    random = [torch.get_rng_state()]
-    if torch.cuda.is_available():
-        random.append(torch.cuda.get_rng_state())
-    states = {learner.folder.name: learner.state_dict() for learner in learners}
-    write_checkpoint(path, {"step": step, "random": random, "learners": states})
-
-
 def plan_passes(learners, size, command):
     """Group unfinished learners into passes -> [(learners, path of the checkpoint, its content or
     None)]: those with a checkpoint as it lists them, the rest from the start."""
     passes = []
-    alike = {}
-    placed = set()
+    alike = defaultdict(list)
     by_name = {learner.folder.name: learner for learner in learners}
+    rest = dict(by_name)
     for learner in learners:
         path = learner.folder / "checkpoint.pt"
         if path.is_file():
@@ -481,15 +447,15 @@ def plan_passes(learners, size, command):
             check(names.keys() <= by_name.keys(),
                   f"{path}: its runs are resumed together: {command_of(learner.folder)}")
             passes.append(([by_name[name] for name in names], path, state))
-            placed.update(names)
-    for learner in learners:
-        if learner.folder.name not in placed and not is_over(learner.folder):
+            rest = {name: rest[name] for name in rest if name not in names}
+    for learner in rest.values():
+        if not outcome(learner.folder):
             begun_with = command_of(learner.folder)
             check(begun_with in ("", command),
                   f"{learner.folder}: unfinished, but no run of this command has its checkpoint; "
                   f"it was begun with: {begun_with}")
             # the learners of a pass have equally many sentences: then their batches are of one size
-            alike.setdefault(len(learner.task.lengths), []).append(learner)
+            alike[len(learner.task.lengths)].append(learner)
     for group in alike.values():
         for i in range(0, len(group), size):
             passes.append((group[i:i + size], group[i].folder / "checkpoint.pt", None))
@@ -497,59 +463,42 @@ def plan_passes(learners, size, command):
 
 
 def run_pass(job, learners, path, state):
-    """Train the learners of a pass; False if a signal interrupted it."""
+    """Train the learners of a pass."""
     cfg = job.cfg
     first = learners[0]
     backbone = job.backbone
-    start = 0
     if job.mode == "full":
         backbone = copy.deepcopy(backbone)      # the next pass starts from the same weights
-    steps, _, _ = count_steps(cfg, len(first.task.lengths))
+    sentences = len(first.task.lengths)
+    steps, _, _ = count_steps(cfg, sentences)
     for learner in learners:
         learner.build(job, backbone, steps)
     model = join_learners(learners, backbone, job.reads)
     autocast = place(model, job.device, cfg["amp"], cfg["frozen_weights"])
+    start = 0
+    torch.manual_seed(first.seed)           # of all dropout
     if state:
+        start = state["step"]
         with reading(path):
             for learner in learners:
                 learner.load_state_dict(state["learners"][learner.folder.name])
-            cpu, *cuda = state["random"]
-            torch.set_rng_state(cpu)
-            for random in cuda:
-                torch.cuda.set_rng_state(random)
-        start = state["step"]
+            for set_state, random in zip((torch.set_rng_state, torch.cuda.set_rng_state),
+                                         state["random"]):
+                set_state(random)
     else:
         for learner in learners:
-            learner.log.file.truncate(0)
+            learner.log.truncate(0)
             text = f"# {job.command}\n".encode() + dump_config(job.config)
             write_atomically(learner.folder / "config.yaml", text)
-        torch.manual_seed(first.seed)           # of all dropout
-
-    describe(job, learners, steps)
-    finished = True
-    learners = finish_stopped(learners)     # a crash may have come between checkpoint and result
+    print(f"{job.mode}: {len(learners)} x {first.meta['training']['trainable']:,} trainable "
+          f"numbers, {sentences:,} sentences of {job.group}, {steps:,} steps; {job.device.type}, "
+          f"{cfg['amp'].replace('off', 'float32')}", flush=True)
+    finish_stopped(learners)            # a crash may have come between checkpoint and result
+    learners = [learner for learner in learners if not learner.progress.stopped]
     if learners:
-        model = join_learners(learners, model.backbone, job.reads)
-        finished = train(learners, model, autocast, job, path, start)
-    if finished:
-        path.unlink(missing_ok=True)
-    return finished
-
-
-def describe(job, learners, steps):
-    """Print what is trained, how, and the rates in use."""
-    cfg = job.cfg
-    first = learners[0]
-    count = first.meta["training"]["trainable"]
-    sentences = len(first.task.lengths)
-    batch = f"{cfg['accumulate']} x {cfg['batch_size']}"
-    rates = {group["initial_lr"] for group in first.optimizer.param_groups}
-    rates = ", ".join(map(str, sorted(rates)))
-    precision = cfg["amp"].replace("off", "float32")
-    print(f"{job.mode}: {len(learners)} x {count:,} trainable numbers, {sentences:,} sentences of "
-          f"{job.group}; {job.device.type}, {precision}")
-    print(f"{steps:,} steps of {batch} sentences, {cfg['optimizer']}, {cfg['schedule']}, "
-          f"rates {rates}", flush=True)
+        model = join_learners(learners, backbone, job.reads)
+        train(learners, model, autocast, job, path, start)
+    path.unlink(missing_ok=True)
 
 
 # ---- The command ---------------------------------------------------------------------------------
@@ -579,9 +528,16 @@ def parse_arguments(argv):
     parser.set_defaults(out="runs", device="auto")
     args = parser.parse_args(argv)
     check(args.sources, "--sources is missing: a settings file, config.yaml for example")
+    check(not args.adapt or args.group or args.languages,
+          "--adapt needs its target languages: --group NAME or --languages CODES")
     args.out = Path(args.out).expanduser()
+    if args.languages:
+        codes = [tidy(code) for code in args.languages.split(",")]
+        args.group = "+".join(codes) if len(codes) < 4 else f"{len(codes)}-languages"
+        args.set.insert(0, f"groups.{args.group}={json.dumps(codes)}")
     for name, value in (("train.steps", args.steps), ("prompt.ratio", args.ratio),
-                        ("data.name", args.data), ("backbone.name", args.backbone)):
+                        ("data.name", args.data), ("backbone.name", args.backbone),
+                        ("sources", args.group)):
         if value is not None:
             # before the others: --set has the last word; quoted, or YAML would read # and :
             args.set.insert(0, f"{name}={json.dumps(value)}")
@@ -595,13 +551,11 @@ def parse_arguments(argv):
 def parse_seeds(text):
     """'11-13,20' -> [11, 12, 13, 20]."""
     seeds = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        last = last if dash else first
-        check(first.isdecimal() and last.isdecimal(), f"--seeds {text}: write 11, 11-20 or 11,15")
-        seeds += range(int(first), int(last) + 1)
-    check(0 < len(seeds) == len(set(seeds)), f"--seeds {text}: no seed, or one given twice")
-    return seeds
+    with reading(f"--seeds {text}: write 11, 11-20 or 11,15"):
+        for part in text.split(","):
+            first, _, last = part.partition("-")
+            seeds += range(int(first), int(last or first) + 1)
+    return dict.fromkeys(seeds)
 
 
 def read_job(args):
@@ -610,7 +564,7 @@ def read_job(args):
     config: all settings, resolved; cfg: the section `train` as this mode has it, and what else the
     loop needs; source: the Run to adapt, or None; group: the name of `languages`; corpus, and data,
     where it is (see data.locate); prompt, and later head: arguments of SoftPrompt and
-    ClassificationHead; mode, reads, max_length; and later device, backbone, pad_id and quiet.
+    ClassificationHead; mode, reads, max_length; and later what prepare_backbone adds.
     """
     config = read_config(args.sources, args.set)
     trust = config["backbone"]["trust_remote_code"]
@@ -626,7 +580,8 @@ def read_job(args):
            "dropout": config["backbone"]["dropout"], "tokens": config["evaluate"]["tokens"]}
     check(cfg["steps"] or cfg["epochs"], f"{section}.steps must be at least 1")
     corpus, data = open_corpus(config["data"])
-    group, languages = pick_languages(args, config, source)
+    group = config["sources"]
+    languages = resolve_group(config, group)
     check_corpus(corpus, languages, config, source)
 
     prompt = config["prompt"]
@@ -640,7 +595,7 @@ def read_job(args):
         prompt.update({key: own[key] for key in prompt})
         config["data"]["max_length"] = source.meta["max_length"]
     elif mode != "dual":
-        prompt["ratio"] = 1.0 if mode == "xpe" else 0.0
+        prompt["ratio"] = float(mode == "xpe")
     check(mode != "dual" or 0 < prompt["ratio"] < 1, "prompt.ratio: DUAL needs 0 < ratio < 1")
     if mode == "full" and prompt["reads"] == "prompt":
         prompt["reads"] = "first"           # there is no prompt: position 0 is <s>
@@ -650,121 +605,72 @@ def read_job(args):
     return SimpleNamespace(**locals(), command=args.command)
 
 
-def pick_languages(args, config, source):
-    """-> (name of the group, its languages), from --languages, --group or the configuration."""
-    group = args.group or config["sources"]
-    groups = config["groups"]
-    if args.languages:
-        check(not args.group, "--group and --languages: only one of them")
-        languages = [tidy(code) for code in args.languages.split(",")]
-        group = "+".join(languages) if len(languages) < 4 else f"{len(languages)}-languages"
-    else:
-        check(not source or args.group,
-              "--adapt needs its target languages: --group NAME or --languages CODES")
-        check(group in groups, f"no group {group!r} in {args.sources}{nearest(group, groups)}")
-        languages = resolve_group(config, group)
-    check(0 < len(languages) == len(set(languages)),
-          f"languages {', '.join(languages)}: at least one, without duplicates")
-    if not source:                          # so that the run's config.yaml trains the same again
-        config["sources"] = group
-        groups[group] = languages
-    return group, languages
-
-
 def check_corpus(corpus, languages, config, source):
     """Tell before training: unknown languages, no test split, sentences that are not new."""
-    targets = []
-    if config["evaluate"]["after_training"]:
-        targets = languages if source else corpus.languages()
-        enough = all if source else any
-        check(enough("test" in corpus.splits(code) for code in targets),
-              f"{corpus.root}: no test.tsv; without scoring: --set evaluate.after_training=false")
     known = corpus.languages()
-    wanted = sum(resolve_targets(config).values(), [])
-    absent = [code + nearest(code, known) for code in dict.fromkeys(wanted) if code not in known]
+    wanted = dict.fromkeys(sum(resolve_targets(config).values(), []))
+    absent = [code + nearest(code, known) for code in wanted if code not in known]
     if absent and not source:
         warn(f"{corpus.root} lacks {len(absent)} of the target languages: {shorten_list(absent)}")
+    targets = []
+    if config["evaluate"]["after_training"]:
+        targets = languages if source else known
+        check(any("test" in corpus.splits(code) for code in targets),
+              f"{corpus.root}: no test.tsv; without scoring: --set evaluate.after_training=false")
     for line in find_leaks(corpus, languages, targets):
         warn(line)
 
 
-def make_learners(job, args):
-    """One learner for each seed; with a source run, one for each seed and target language."""
+def plan_runs(job, args):
+    """-> (folder, seed, languages, source facts) of a run for each seed; with a source run, for
+    each seed and target language. Raises FileExistsError for what would be written over."""
     source = job.source
     seeds = parse_seeds(args.seeds or str(source.meta.get("seed", 11) if source else 11))
-    learners = []
+    plans = []
     for seed in seeds:
-        for language in job.languages if source else [None]:
-            languages = job.languages
-            name = f"{method_name(job.mode, job.prompt)}-{job.group}-s{seed}"
-            meta = {"sources": languages, "seed": seed}
-            if source:
-                languages = [language]
-                name = f"{source.name}-to-{language}-s{seed}"
-                meta.update(sources=source.sources, adapted_from=source.name, adapted_to=language)
-            learners.append(Learner(args.out / name, seed, languages, meta))
-    return learners
+        name = f"{method_name(job.mode, job.prompt)}-{job.group}-s{seed}"
+        if not source:
+            plans.append((args.out / name, seed, job.languages, {"sources": job.languages}))
+            continue
+        for language in job.languages:
+            facts = {"sources": source.sources, "adapted_from": source.name,
+                     "adapted_to": language}
+            name = f"{source.name}-to-{language}-s{seed}"
+            plans.append((args.out / name, seed, [language], facts))
+    return plans
 
 
-def check_folders(learners, config, resume):
+def check_folder(folder, config, resume):
     """Say what is over already. Raises FileExistsError for a folder that would be written over."""
-    for learner in learners:
-        folder = learner.folder
-        path = learner.folder / "config.yaml"
-        if folder.exists() and not resume:
-            before = read_config(path) if path.is_file() else config
-            changed = [differences(before[section], config[section]) for section in
-                       ("backbone", "data", "prompt", "train", "adapt", "full")]
-            changed = "; ".join(filter(None, changed)) or "with the same settings"
-            raise FileExistsError(f"{folder} exists ({changed}): --resume goes on with the same "
-                                  f"settings, --out FOLDER starts elsewhere")
-        if finished_training(folder):
-            print(f"{folder}: finished already")
-        elif is_over(folder):
-            reason = (folder / DIVERGED).read_text().strip()
-            print(f"{folder}: {reason}; remove the folder to try again")
+    path = folder / "config.yaml"
+    if folder.exists() and not resume:
+        before = read_config(path) if path.is_file() else config
+        changed = [differences(before[section], config[section]) for section in
+                   ("backbone", "data", "prompt", "train", "adapt", "full")]
+        changed = "; ".join(filter(None, changed)) or "with the same settings"
+        raise FileExistsError(f"{folder} exists ({changed}): --resume goes on with the same "
+                              f"settings, --out FOLDER starts elsewhere")
+    if outcome(folder):
+        print(f"{folder}: over already ({outcome(folder)}); remove the folder to train it again")
 
 
-def describe_learners(learners, job, tokenizer, identity):
-    """Read and tokenize the learners' data, and fill in what prompt.json is to say of them."""
-    settings = {**job.cfg, "backbone": identity["fingerprint"], "reads": job.reads,
-                "source": job.source and job.source.fingerprint(), "max_length": job.max_length}
-    settings.update({f"prompt.{key}": value for key, value in job.prompt.items()})
-    versions = {"python": platform.python_version(), "torch": torch.__version__,
-                "transformers": transformers.__version__}
-    tasks = {}
-    for learner in learners:
-        key = tuple(learner.languages)
-        if key not in tasks:
-            tasks[key] = Task(job.corpus, key, tokenizer, job.max_length, job.cfg)
-        learner.task = tasks[key]
-        data = learner.task.fingerprint
-        learner.meta.update(
-            kind=job.mode, backbone=identity, tokenizer=tokenizer_fingerprint(tokenizer),
-            labels=list(job.corpus.labels), reads=job.reads, max_length=job.max_length,
-            data={**job.data, "fingerprint": data},
-            training={"settings": {**settings, "data": data}, "versions": versions})
-        training = finished_training(learner.folder)
-        if training:
-            with reading(learner.folder / "prompt.json"):
-                learner.check_settings(training["settings"])
-
-
-def prepare_backbone(job, learners):
-    """Load and check the backbone; read the learners' data with its tokenizer."""
+def prepare_backbone(job):
+    """Load and check the backbone, and work out what depends on it."""
     settings = job.config["backbone"]
-    cfg = job.cfg
     source = job.source
-    backbone, tokenizer, identity = load_backbone(
-        settings, job.device, cfg["amp"], settings["attention"], settings["trust_remote_code"])
-    check_backbone(backbone, tokenizer, identity, job.reads)
+    backbone, job.tokenizer, job.identity = load_backbone(
+        settings, job.device, job.cfg["amp"], settings["attention"], settings["trust_remote_code"])
+    check_backbone(backbone, job.tokenizer, job.identity, job.reads)
     if source:          # released prompts do not say on which weights they were trained
-        trained_on = source.meta["backbone"].get("fingerprint", identity["fingerprint"])
-        check(trained_on == identity["fingerprint"],
-              f"--adapt {source.folder}: was trained on another backbone than {identity['name']}")
+        trained_on = source.meta["backbone"].get("fingerprint", job.identity["fingerprint"])
+        check(trained_on == job.identity["fingerprint"], f"--adapt {source.folder}: was trained on "
+              f"another backbone than {job.identity['name']}")
     job.prompt["width"], width = xpe.widths(backbone)
-    job.head = {"width": width, "classes": len(job.corpus.labels),
-                "dropout": head_dropout(backbone.config)}
+    # XLM-R's own classification head takes its dropout from the backbone's configuration
+    dropout = getattr(backbone.config, "classifier_dropout", None)
+    if dropout is None:
+        dropout = getattr(backbone.config, "hidden_dropout_prob", 0.1)
+    job.head = {"width": width, "classes": len(job.corpus.labels), "dropout": float(dropout)}
     room = xpe.positions(backbone) - (0 if job.mode == "full" else job.prompt["length"])
     job.max_length = min(job.max_length, room)
     check(job.max_length > 2, "data.max_length and the backbone's positions leave no room for a "
@@ -772,11 +678,39 @@ def prepare_backbone(job, learners):
     if job.mode != "full":
         with torch.device("meta"):          # settings that do not make a prompt are told now
             xpe.SoftPrompt(**job.prompt)
-    describe_learners(learners, job, tokenizer, identity)
     if job.reads == "prompt" or (job.reads == "first" and job.mode == "full"):    # position 0
         backbone = first_position_only(backbone)
     job.backbone = backbone
-    job.pad_id = tokenizer.pad_token_id or 0
+    job.pad_id = job.tokenizer.pad_token_id or 0
+
+
+def make_learners(job, plans):
+    """Read and tokenize the data of the planned runs -> list of Learner."""
+    settings = {**job.cfg, "backbone": job.identity["fingerprint"], "reads": job.reads,
+                "source": job.source and job.source.fingerprint(), "max_length": job.max_length}
+    for name in ("learners_at_once", "tokens"):     # they save memory: --resume may change them
+        del settings[name]
+    settings.update({f"prompt.{key}": value for key, value in job.prompt.items()})
+    versions = {"python": platform.python_version(), "torch": torch.__version__,
+                "transformers": transformers.__version__}
+    tasks = {}
+    learners = []
+    for folder, seed, languages, facts in plans:
+        key = tuple(languages)
+        if key not in tasks:
+            tasks[key] = Task(job.corpus, key, job.tokenizer, job.max_length, job.cfg)
+        data = tasks[key].fingerprint
+        meta = {"kind": job.mode, "seed": seed, **facts, "backbone": job.identity,
+                "tokenizer": tokenizer_fingerprint(job.tokenizer),
+                "labels": list(job.corpus.labels), "reads": job.reads,
+                "max_length": job.max_length, "data": {**job.data, "fingerprint": data},
+                "training": {"settings": {**settings, "data": data}, "versions": versions}}
+        learners.append(Learner(folder, seed, tasks[key], meta))
+        path = folder / "prompt.json"
+        if outcome(folder) and path.is_file():
+            with reading(path):
+                learners[-1].check_settings(read_json(path)["training"]["settings"])
+    return learners
 
 
 def main(argv=None):
@@ -791,51 +725,38 @@ def main(argv=None):
     on_gpu = args.device in ("auto", "cuda") and torch.cuda.is_available()
     job.device = pick_device(f"cuda:{local_rank}" if on_gpu else args.device)
     job.cfg["amp"] = pick_precision(job.cfg["amp"], job.device)
-    learners = make_learners(job, args)[rank::world_size]
-    check_folders(learners, job.config, args.resume)
-    prepare_backbone(job, learners)
+    plans = plan_runs(job, args)[rank::world_size]
+    for folder, *_ in plans:
+        check_folder(folder, job.config, args.resume)
+    prepare_backbone(job)
+    learners = make_learners(job, plans)
     for learner in learners:            # from here on, nobody else can train these runs
-        learner.log = RunLog(learner.folder)
+        learner.log = open_log(learner.folder)
     size = 1 if job.mode == "full" else job.cfg["learners_at_once"]
     for work in plan_passes(learners, size, job.command):
-        if not run_pass(job, *work):
-            print(f"interrupted; go on with: {job.command} --resume")
-            return 130
+        run_pass(job, *work)
     job.backbone = None
     return report_results(learners, job)
 
 
 def report_results(learners, job):
     """Score what was trained and say what to do next -> exit status: 2 if a learner diverged."""
-    trained = [learner for learner in learners if finished_training(learner.folder)]
+    trained = [learner.folder for learner in learners
+               if (learner.folder / "prompt.json").is_file()]
     if job.config["evaluate"]["after_training"]:
-        how = (job.device, job.cfg["amp"])
-        runs = [Run(learner.folder, trust=job.trust) for learner in trained
-                if not (learner.folder / "test.json").is_file()]
-        if runs and job.source:
-            report_adapted(runs, job, how)
-        elif runs:
-            score_runs(runs, "test", None, *how)
+        runs = [Run(folder, trust=job.trust) for folder in trained
+                if not (folder / "test.json").is_file()]
+        if runs:
+            score_runs(runs, "test", None, job.device, job.cfg["amp"])
     if trained and not job.quiet:
-        folders = [shlex.quote(str(learner.folder)) for learner in trained]
-        names = " ".join(folders)
+        folders = [shlex.quote(str(folder)) for folder in trained]
         print("next:")
         print(f"  python {in_reach('evaluate.py')} {folders[0]} --text \"Your sentence\"")
-        print(f"  python {in_reach('report.py')} {names}")
-    stopped = [finished_training(learner.folder)["stopped"] for learner in trained]
-    diverged = any(reason.startswith("diverged") for reason in stopped)
-    return 2 if diverged or len(trained) < len(learners) else 0
-
-
-def report_adapted(runs, job, how):
-    """Score adapted runs on their languages, beside the zero-shot score of the source run."""
-    job.source.meta.update(data=job.config["data"], backbone=job.config["backbone"])
-    languages = list(dict.fromkeys(run.meta["adapted_to"] for run in runs))
-    zero_shot, = score_runs([job.source], "test", languages, *how, show=False)
-    before = {line["language"]: line["accuracy"] for line in zero_shot}
-    for run, (line,) in zip(runs, score_runs(runs, "test", None, *how, show=False)):
-        print(f"{run.name}: zero-shot {before[line['language']]:.1f} %, adapted "
-              f"{line['accuracy']:.1f} % on {line['language']}")
+        if job.source:
+            folders.insert(0, shlex.quote(str(job.source.folder)))
+        print(f"  python {in_reach('report.py')} {' '.join(folders)}")
+    diverged = any(outcome(learner.folder).startswith("diverged") for learner in learners)
+    return 2 if diverged else 0
 
 
 if __name__ == "__main__":

@@ -48,15 +48,14 @@ def test_texts_come_back_as_written(tmp_path, start, line_end):
 
 
 @pytest.mark.parametrize("content, message", [
-    ("", "test.tsv:1: the header must name 'category' exactly once, it is []"),
+    ("", "test.tsv:1: the header must name the columns category and text, it is []"),
     (HEAD, "test.tsv: no sentence in this split"),
-    ("1\ttravel\ta\n", "test.tsv:1: the header must name 'category' exactly once, it is ['1', "),
+    ("1\ttravel\ta\n", "test.tsv:1: the header must name the columns category and text, it is ['1'"),
     (GOOD + "3\ttravels\ta\n", "test.tsv:4: unknown category 'travels', known are science/tech"),
     (GOOD + "3\ttravel\n", "test.tsv:4: 2 fields, not 3"),
     (GOOD + "3\ttravel\t \u00a0\n", "test.tsv:4: empty text"),
-    (GOOD + "\n2\ttravel\ta\n", "test.tsv:5: index_id '2' was already used in line 3"),
-    (GOOD + "3\ttravel\ta\0\n", "test.tsv:4: not valid UTF-8 (byte 0x00)"),
-    (GOOD + "3\ttravel\t\udcff\n", "test.tsv:4: not valid UTF-8 (byte 0xff)"),
+    (GOOD + "\n2\ttravel\ta\n", "test.tsv:5: index_id '2' was already used"),
+    (GOOD + "3\ttravel\t\udcff\n", "test.tsv:4: not valid UTF-8 (invalid start byte)"),
     ("\udcff\udcfei\0n\0", "test.tsv:1: not valid UTF-8"),
     (GOOD + '3\ttravel\t"Yes\n4\ttravel\tno"\n', "test.tsv:4: a field that begins here holds a "),
     (GOOD + '\n3\ttravel\t"Yes\n4\ttravel\tno\n', "test.tsv:5: unexpected end of data"),
@@ -74,15 +73,13 @@ def test_a_bad_file(tmp_path, content, message):
 @pytest.mark.parametrize("files, expected", [
     # codes, splits and counts
     ({".git/dev.tsv": GOOD, "a/more.tsv": GOOD, "b/x.txt": "", "c/test.tsv": HEAD + "1\ttravel\tx"},
-     "languages train dev test a 0 2 0 c 0 0 1 2 languages, 3 sentences, 7 labels: science/"
+     "train dev test languages 0 2 0 a 0 0 1 c 2 languages, 3 sentences, 7 labels: science/"
      "technology 0, travel 2, politics 0, sports 0, health 1, entertainment 0, geography 0 END"),
-    ({f"{code}/validation.tsv": GOOD for code in "bcd"}, "test a, b ... d 0 2 0 4 languages, 8 s"),
-    ({"a/validation.tsv": GOOD}, "error: FOLDER/a/validation.tsv: FOLDER/a/dev.tsv is the same"),
+    ({f"{code}/validation.tsv": GOOD for code in "bcd"}, "0 2 0 a, b, c, d 4 languages, 8 s"),
     # labels
     ({"labels.txt": "\ufefftravel\r\n\r\nhealth \r\n"}, "2 labels: travel 1, health 1"),
     ({"b/labels.txt": "travel\nart\n", "a/labels.txt": "health\ntravel\n"},
-     "3 labels: health 1, travel 1, art 0 warning: FOLDER: the languages' labels.txt differ; their "
-     "union is used, in order of first mention: health, travel, art"),
+     "3 labels: health 1, travel 1, art 0"),
     ({"a/labels.txt": "travel\nart\n", "labels.txt": "art\nhealth\ntravel\n"},
      "3 labels: art 0, health 1, travel 1"),
     ({"labels.txt": "a\n"}, "FOLDER/labels.txt: must name two or more labels"),
@@ -122,15 +119,14 @@ def test_what_a_corpus_lacks(tmp_path, language, message):
 # ---- Token ids -----------------------------------------------------------------------------------
 
 def test_encode(tmp_path):
-    """Catches: texts cut in silence, or counted though they fit; </s> lost; texts in another order
-    once there are thousands; a thread that uses the max_length that another one has set."""
+    """Catches: texts cut in silence; </s> lost; texts in another order once there are thousands; a
+    thread that uses the max_length that another one has set."""
     tokenizer = tiny_tokenizer(tmp_path)
     lengths = [n % 10 for n in range(2100)]
     texts, limits = ["star " * n for n in lengths], [4, 5, 11, 12] * 2
     with ThreadPoolExecutor(4) as pool:
         results = pool.map(lambda limit: data.encode(texts, tokenizer, limit), limits)
-        for limit, (encoded, cut) in zip(limits, results):
-            assert cut == sum(n + 2 > limit for n in lengths)
+        for limit, encoded in zip(limits, results):
             expected = [[0, *[4] * min(n, limit - 2), 2] for n in lengths]
             assert [ids.tolist() for ids in encoded] == expected
 
@@ -229,8 +225,9 @@ def test_a_corpus_is_a_folder_or_on_the_hub(monkeypatch, hub, tmp_path):
 
 @pytest.mark.parametrize("error, status, line", [
     (ValueError("two\n lines"), 2, "error: two lines\n"),
-    (torch.OutOfMemoryError("CUDA"), 2, "error: out of memory: lower train.learners_at_once, "
-     "train.batch_size or evaluate.tokens (of a trained run in its config.yaml): CUDA\n"),
+    (torch.OutOfMemoryError("Tried to allocate"), 2, "error: out of memory: lower "
+     "train.learners_at_once, train.batch_size or evaluate.tokens (of a trained run in its "
+     "config.yaml): Tried to allocate\n"),
     (KeyboardInterrupt(), 130, "interrupted\n")])
 def test_an_error_is_one_line(error, status, line):
     """Catches: tracebacks, a status of 0 after an error."""
