@@ -118,12 +118,16 @@ def run_main(main):
 
 
 def make_parser(description, options):
-    """-> an ArgumentParser of lines "--option META  help"; without META an option is a flag."""
+    """-> an ArgumentParser of lines "--option META  help" or "--option META=default  help";
+    without META an option is a flag."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     for line in options.strip().splitlines():
-        option, meta, text = re.fullmatch(r"(--\S+) ?(\S*)  +(.*)", line).groups()
+        option, meta, equals, default, text = re.fullmatch(
+            r"(--\S+) ?(\w*)(=?)(\S*)  +(.*)", line).groups()
         kind = {"metavar": meta} if meta else {"action": "store_true"}
         parser.add_argument(option, help=text, **kind)
+        if equals:
+            parser.set_defaults(**{option.removeprefix("--"): default})
     return parser
 
 

@@ -18,7 +18,6 @@ and from Python:
 Read downwards: predictions, metrics, classifier, scoring, the command.
 """
 import sys
-import time
 from collections import defaultdict
 from contextlib import nullcontext
 from itertools import chain
@@ -31,7 +30,7 @@ from tqdm import tqdm
 import xpe
 from backbone import (check_backbone, first_position_only, load_backbone, pick_device,
                       pick_precision, place, tokenizer_fingerprint)
-from config import CHOICES, dump_config, resolve_group, resolve_targets
+from config import dump_config, resolve_group, resolve_targets
 from data import (check, collate, decode, encode, fingerprint, make_parser,
                   open_corpus, reading, run_main, shorten_list, tidy, token_batches, warn)
 from runs import (Run, method_name, read_json, read_tensors, save_prompt, write_atomically,
@@ -329,7 +328,6 @@ def score_runs(runs, split, languages, device, amp="auto", out=None, again=True)
     Raises, before anything is computed, ValueError where two runs would write to one folder and,
     with again=False, where scores of other languages would be lost.
     """
-    start = time.time()
     scores = {run: Scores(run, split, languages, out) for run in runs}
     kept = [own for own in scores.values() if own.folder]
     check(len({own.folder for own in kept}) == len(kept), "two runs would write to the same "
@@ -355,8 +353,6 @@ def score_runs(runs, split, languages, device, amp="auto", out=None, again=True)
         elif own.folder:
             told = f"{own.folder}: scored already; --again scores it again"
         print(f"  {told}")
-    count = sum(len(scores[run].sentences) for run in to_compute)
-    print(f"{count:,} sentences in {time.time() - start:.1f} s, loading included\n")
     if len(runs) > 1:
         print(method_table(scores.values()))
     return list(scores.values())
@@ -384,8 +380,6 @@ def method_table(scores):
 def read_stdin_texts():
     """The lines of standard input, blank ones too; ValueError with the line of what is not UTF-8.
     """
-    if sys.stdin.isatty():
-        print("one text on each line; Ctrl-D ends", file=sys.stderr)
     text = decode(sys.stdin.buffer.read(), "standard input")
     return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
 
@@ -393,20 +387,16 @@ def read_stdin_texts():
 def classify(runs, texts, device, amp="auto"):
     """Print what each run says of each text: [run,] label, probability, text, with tabs between.
 
-    A line (for each run) for each text: for a blank one label and probability are empty.
+    A line for each text: for a blank one label and probability are empty.
     """
-    known = [text for text in texts if text.strip()]
-    answers = {}                        # (run, text) -> label and probability
-    for group in group_runs(runs):
-        classifier = Classifier(group, device, amp)
-        for run, probabilities in zip(group, classifier.answer([known] * len(group))):
-            for text, shares in zip(known, probabilities):
-                answers[run, text] = f"{classifier.labels[shares.argmax()]}\t{shares.max():.3f}"
-    for text in texts:
-        on_one_line = text.replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")
-        for run in runs:
-            name = f"{run.name}\t" if len(runs) > 1 else ""
-            answer = answers.get((run, text), "\t")
+    with reading("--text"):
+        "".join(texts).encode()             # what the shell passed may not be UTF-8
+    for run in runs:
+        name = f"{run.name}\t" if len(runs) > 1 else ""
+        labels, probabilities = Classifier([run], device, amp)(texts)
+        for text, label, shares in zip(texts, labels, probabilities):
+            answer = f"{label}\t{shares.max():.3f}" if text.strip() else "\t"
+            on_one_line = text.replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")
             print(f"{name}{answer}\t{on_one_line}")
 
 
@@ -426,31 +416,27 @@ def open_runs(args):
 
 
 OPTIONS = """
---split NAME  train, dev or test (default: test)
+--split NAME=test  train, dev or test
 --languages CODES  only these languages, or groups of them, separated by commas
 --again  score again what has been scored
 --trust-remote-code  allow code that comes with the backbone to run
---device NAME  cpu, cuda, cuda:1 ... (default: what there is)
---amp TYPE  auto (what the device is fast at), bf16, fp16 or off
+--device NAME=auto  cpu, cuda, cuda:1 ...; auto: what there is
+--amp TYPE=auto  bf16, fp16 or off; auto: what the device is fast at
 --data DIR  folder or dataset, instead of the run's own
 --backbone NAME  folder or hub name, instead of the run's own
---out DIR  folder for the results (default: each run's own folder)
+--out DIR  folder for the results, instead of each run's own
 """
 
 
 def main(argv=None):
     """The command line."""
     parser = make_parser("Score prompts on every language, classify texts, or export.", OPTIONS)
-    parser.add_argument("runs", nargs="*", metavar="RUN",
-                        help="run folders, or hub names (name@branch)")
+    parser.add_argument("runs", nargs="+", metavar="RUN",
+                        help="run folders, or hub names (name@branch); before --text")
     parser.add_argument("--text", nargs="*", help="classify these, or the lines of standard input")
     parser.add_argument("--export", nargs=2, metavar=("peft", "DIR"),
                         help="write a folder that peft loads")
-    parser.set_defaults(split="test", languages="", device="auto", amp="auto")
     args = parser.parse_args(argv)
-    check(args.amp in CHOICES["amp"], f"--amp {args.amp}: not one of {', '.join(CHOICES['amp'])}")
-    check(args.runs, "RUN is missing: name one or more run folders, runs/* for example, before "
-                     "--text: evaluate.py RUN --text \"Your sentence\"")
     device = pick_device(args.device)
     runs = open_runs(args)
     if args.export:
@@ -463,7 +449,7 @@ def main(argv=None):
     elif args.text is not None:
         classify(runs, args.text or read_stdin_texts(), device, args.amp)
     else:
-        codes = [tidy(code) for code in args.languages.split(",") if code.strip()]
+        codes = [tidy(code) for code in (args.languages or "").split(",") if code.strip()]
         languages = resolve_group(runs[0].config, codes)
         score_runs(runs, args.split, languages, device, args.amp, args.out, args.again)
     return 0

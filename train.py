@@ -307,70 +307,63 @@ def join_batches(learners, orders, number, job):
 
 
 def train(learners, model, autocast, job, checkpoint, start=0):
-    """Train the K learners of a pass until each has stopped. A signal ends the process.
+    """Train the K learners of a pass until each has stopped; a signal ends the process.
 
     `model` holds their prompts and heads. All have equally many sentences: then the batches of a
-    step are of one size and of like lengths. `job`: .cfg, .device, .pad_id, .quiet, .command.
-    `checkpoint`: where to write it; `start`: the step that it stands at.
+    step are of one size and of like lengths. `job`: .cfg, .device, .pad_id, .quiet, .arrived (a
+    list of signals). `checkpoint`: where to write it; `start`: the step that it stands at.
     """
     cfg = job.cfg
     steps, per_epoch, batches = count_steps(cfg, len(learners[0].task.lengths))
     evaluate_every = cfg["evaluate_every"] or per_epoch
-    orders, saved_at = None, start
+    saved_at = start
+    orders = None
     model.eval()
-    with catch_signals() as arrived:
-        for step in tqdm(range(start + 1, steps + 1), initial=start, total=steps, unit=" steps",
-                         disable=job.quiet or None):
-            if not model.training:          # at the start, and after each evaluation
-                model.train()
-                # paper: the backbone is frozen, but its dropout is active
-                model.backbone.train(cfg["dropout"])
+    for step in tqdm(range(start + 1, steps + 1), initial=start, total=steps, unit=" steps",
+                     disable=job.quiet or None):
+        if not model.training:          # at the start, and after each evaluation
+            model.train()
+            # paper: the backbone is frozen, but its dropout is active
+            model.backbone.train(cfg["dropout"])
 
-            # each epoch has its own order, a pure function of seed and epoch
-            epoch, position = divmod(step - 1, per_epoch)
-            if orders is None or position == 0:
-                orders = [learner.order(cfg["batch_size"], epoch) for learner in learners]
-            first = position * cfg["accumulate"]
-            numbers = range(first, min(first + cfg["accumulate"], batches))
+        # each epoch has its own order, a pure function of seed and epoch
+        epoch, position = divmod(step - 1, per_epoch)
+        if orders is None or position == 0:
+            orders = [learner.order(cfg["batch_size"], epoch) for learner in learners]
+        first = position * cfg["accumulate"]
+        numbers = range(first, min(first + cfg["accumulate"], batches))
 
-            for number in numbers:
-                ids, mask, labels = join_batches(learners, orders, number, job)
-                with autocast(), cheap_dropout(job.device):
-                    logits = model(ids, mask)                           # (K*B, C)
-                total = 0.0
-                for learner, block, wanted in split_batch(learners, logits, labels):
-                    loss = learner.loss(block, wanted) / len(numbers)
-                    learner.loss_sum += loss.detach()       # stays on the device: a look would wait
-                    total = total + learner.scaler.scale(loss)
-                total.backward()
+        for number in numbers:
+            ids, mask, labels = join_batches(learners, orders, number, job)
+            with autocast(), cheap_dropout(job.device):
+                logits = model(ids, mask)                           # (K*B, C)
+            K = len(learners)
+            total = 0.0
+            for learner, block, wanted in zip(learners, logits.float().chunk(K), labels.chunk(K)):
+                loss = learner.loss(block, wanted) / len(numbers)
+                learner.loss_sum += loss.detach()       # stays on the device: a look would wait
+                total = total + learner.scaler.scale(loss)
+            total.backward()
 
-            for learner in learners:        # paper: each clips and steps by itself
-                learner.step(cfg["clip"])
-            if step % evaluate_every == 0 or step == steps:
-                since = (step - 1) % evaluate_every + 1
-                evaluate_learners(learners, model, step, steps, since, job, autocast)
-            going_on = [learner for learner in learners if not learner.progress.stopped]
-            stopped = len(going_on) < len(learners)
-            due = not model.training and step - saved_at >= cfg["checkpoint_every"]
-            if stopped or due or arrived:
-                save_checkpoint(checkpoint, learners, step)
-                saved_at = step
-            if stopped:
-                finish_stopped(learners)
-                learners = going_on
-                orders = None
-                model = learners and join_learners(learners, model.backbone, model.reads).eval()
-            if arrived:
-                print(f"interrupted; go on with: {job.command} --resume")
-                sys.exit(130)
+        for learner in learners:        # paper: each clips and steps by itself
+            learner.step(cfg["clip"])
+        if step % evaluate_every == 0 or step == steps:
+            since = (step - 1) % evaluate_every + 1
+            evaluate_learners(learners, model, step, steps, since, job, autocast)
+        stopped = any(learner.progress.stopped for learner in learners)
+        due = not model.training and step - saved_at >= cfg["checkpoint_every"]
+        if stopped or due or job.arrived:
+            save_checkpoint(checkpoint, learners, step)
+            saved_at = step
+        if stopped:
+            learners = finish_stopped(learners)
             if not learners:
                 return
-
-
-def split_batch(learners, logits, labels):
-    """-> for each learner itself and its own of logits (K*B, C) and labels (K*B,)."""
-    K = len(learners)
-    return zip(learners, logits.float().chunk(K), labels.chunk(K))
+            orders = None
+            model = join_learners(learners, model.backbone, model.reads).eval()
+        if job.arrived:
+            print("interrupted; the same command with --resume goes on")
+            sys.exit(130)
 
 
 def evaluate_learners(learners, model, step, steps, since, job, autocast):
@@ -387,10 +380,11 @@ def evaluate_learners(learners, model, step, steps, since, job, autocast):
 
 
 def finish_stopped(learners):
-    """Write the results of learners that have stopped."""
+    """Write the results of learners that have stopped -> those that go on."""
     for learner in learners:
         if learner.progress.stopped:
             learner.finish()
+    return [learner for learner in learners if not learner.progress.stopped]
 
 
 def join_learners(learners, backbone, reads):
@@ -403,7 +397,7 @@ def join_learners(learners, backbone, reads):
 @contextmanager
 def catch_signals():
     """Ctrl-C and a scheduler's signals go into a list: the step ends and a checkpoint is written.
-    The second one ends the process at once."""
+    A second one ends the process at once."""
     arrived = []
     usual = {}
 
@@ -493,8 +487,7 @@ def run_pass(job, learners, path, state):
     print(f"{job.mode}: {len(learners)} x {first.meta['training']['trainable']:,} trainable "
           f"numbers, {sentences:,} sentences of {job.group}, {steps:,} steps; {job.device.type}, "
           f"{cfg['amp'].replace('off', 'float32')}", flush=True)
-    finish_stopped(learners)            # a crash may have come between checkpoint and result
-    learners = [learner for learner in learners if not learner.progress.stopped]
+    learners = finish_stopped(learners)     # a crash may have come between checkpoint and result
     if learners:
         model = join_learners(learners, backbone, job.reads)
         train(learners, model, autocast, job, path, start)
@@ -514,9 +507,9 @@ OPTIONS = """
 --backbone NAME  folder, or a model on the hub
 --steps N  optimizer steps at most
 --adapt RUN  a run, to be adapted to each language of the group
---out DIR  where the run folders go (default: runs)
+--out DIR=runs  where the run folders go
 --resume  go on with runs that were interrupted
---device NAME  cpu, cuda, cuda:1 ... (default: what there is)
+--device NAME=auto  cpu, cuda, cuda:1 ...; auto: what there is
 """
 
 
@@ -525,7 +518,6 @@ def parse_arguments(argv):
     parser = make_parser("Train soft prompts, the backbone frozen.", OPTIONS)
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value",
                         help="any setting")
-    parser.set_defaults(out="runs", device="auto")
     args = parser.parse_args(argv)
     check(args.sources, "--sources is missing: a settings file, config.yaml for example")
     check(not args.adapt or args.group or args.languages,
@@ -542,9 +534,7 @@ def parse_arguments(argv):
             # before the others: --set has the last word; quoted, or YAML would read # and :
             args.set.insert(0, f"{name}={json.dumps(value)}")
     given = [argument for argument in argv or sys.argv[1:] if argument != "--resume"]
-    processes = os.environ.get("LOCAL_WORLD_SIZE")
-    program = f"torchrun --nproc_per_node={processes}" if processes else "python"
-    args.command = f"{program} {in_reach('train.py')} {shlex.join(given)}"
+    args.command = f"python {in_reach('train.py')} {shlex.join(given)}"
     return args
 
 
@@ -720,7 +710,6 @@ def main(argv=None):
     # torchrun: each process trains its share, and none needs the others
     rank, local_rank, world_size = [int(os.environ.get(name, default)) for name, default in
                                     (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))]
-    check(rank < world_size, f"RANK is {rank} of WORLD_SIZE {world_size}: use torchrun")
     job.quiet = rank > 0
     on_gpu = args.device in ("auto", "cuda") and torch.cuda.is_available()
     job.device = pick_device(f"cuda:{local_rank}" if on_gpu else args.device)
@@ -733,8 +722,9 @@ def main(argv=None):
     for learner in learners:            # from here on, nobody else can train these runs
         learner.log = open_log(learner.folder)
     size = 1 if job.mode == "full" else job.cfg["learners_at_once"]
-    for work in plan_passes(learners, size, job.command):
-        run_pass(job, *work)
+    with catch_signals() as job.arrived:
+        for work in plan_passes(learners, size, job.command):
+            run_pass(job, *work)
     job.backbone = None
     return report_results(learners, job)
 

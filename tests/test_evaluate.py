@@ -378,7 +378,7 @@ def test_several_runs_answer_each_text_on_one_line(world, tmp_path):
     texts = "star\natom\tcell", "beach", "star atom cell beach hotel road"
     _, out, err = run(evaluate.main, *EXACT.split(), *folders, "--text", *texts)
     expected = [[folder.name, *line_of(folder, text), repr(text)[1:-1]]
-                for text in texts for folder in folders]
+                for folder in folders for text in texts]
     assert [line.split("\t") for line in out.splitlines()] == expected
     assert "1 of 3 texts fill or exceed data.max_length, 6 tokens" in err and "20" not in err
 
