@@ -5,9 +5,9 @@ and the encoder half of an encoder-decoder (mT5, NLLB, mBART). A reader of the m
 
     device = pick_device("auto")
     precision = pick_precision("auto", device)              # bf16, fp16 or off
-    backbone, tokenizer, identity = load_backbone(
-        {"name": "FacebookAI/xlm-roberta-large", "revision": "main"}, device, precision)
-    check_backbone(backbone, tokenizer, identity, reads="prompt")
+    settings = {"name": "FacebookAI/xlm-roberta-large", "revision": "main", "attention": "auto",
+                "trust_remote_code": False}
+    backbone, tokenizer, identity = load_backbone(settings, settings, device, precision, "prompt")
     autocast = place(PromptedClassifier(backbone, ...), device, precision)
 """
 import hashlib
@@ -57,6 +57,7 @@ def pick_precision(amp, device):
     CUDA emulates it, slowly.
     """
     if amp != "auto":
+        check(amp in DTYPES, f"precision {amp}: not one of auto, {', '.join(DTYPES)}")
         return amp
     native = False
     if device.type == "cuda":
@@ -99,13 +100,16 @@ def place(model, device, precision, frozen_weights="amp"):
 
 # ---- Loading -------------------------------------------------------------------------------------
 
-def load_backbone(where, device, precision="off", attention="auto", trust_remote_code=False):
+def load_backbone(where, settings, device, precision, reads, prompted=True):
     """A folder or a name on the hub, as data.locate takes it -> (backbone in float32, tokenizer,
-    identity).
+    identity), checked.
 
-    identity: {name, revision (the commit, or "local"), type, fingerprint (of the weights)}. The
-    pooler is taken away; of an encoder-decoder the encoder is returned, and the type says so.
-    Raises ValueError or OSError, in one line, for what cannot be loaded or lacks weights.
+    identity: {name, revision (the commit, or "local"), type, fingerprint (of the weights),
+    tokenizer (a fingerprint, too)}. settings: the section `backbone`; reads: prompt.reads;
+    prompted: whether a prompt stands before the texts. The pooler is taken away; of an
+    encoder-decoder the encoder is returned, and the type says so; a head that reads position 0 gets
+    a last layer that computes no other. Raises ValueError or OSError, in one line, for what cannot
+    be loaded, lacks weights or is not fit for it.
     """
     import transformers
     transformers.logging.set_verbosity_error()      # or it reports the unused language-model head
@@ -116,7 +120,7 @@ def load_backbone(where, device, precision="off", attention="auto", trust_remote
     # The type is always given: transformers 5 would take that of the file. Renamed in 4.56.
     renamed = hasattr(transformers.PretrainedConfig(), "dtype")
     options = {"dtype" if renamed else "torch_dtype": torch.float32,
-               "trust_remote_code": trust_remote_code}
+               "trust_remote_code": settings["trust_remote_code"]}
     try:
         if on_hub:      # the branch may move between two files: all are taken from one commit
             file = transformers.utils.cached_file(source, "config.json", revision=where["revision"])
@@ -124,7 +128,7 @@ def load_backbone(where, device, precision="off", attention="auto", trust_remote
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
         backbone, info = transformers.AutoModel.from_pretrained(
             source, output_loading_info=True,
-            attn_implementation=pick_attention(attention, device, precision), **options)
+            attn_implementation=pick_attention(settings["attention"], device, precision), **options)
     except Exception as error:      # transformers, safetensors and tokenizers have their own kinds
         reason = why_not_on_hub(error) if on_hub else error
         raise OSError(f"{name}: cannot be loaded: {shorten(reason, 600)}") from None
@@ -143,6 +147,10 @@ def load_backbone(where, device, precision="off", attention="auto", trust_remote
     # nothing here reads it; a few backbones call it without asking whether it is there
     backbone.pooler = torch.nn.Identity()
     identity["fingerprint"] = weights_fingerprint(backbone)
+    identity["tokenizer"] = tokenizer_fingerprint(tokenizer)
+    check_backbone(backbone, tokenizer, identity, reads)
+    if reads == "prompt" or (reads == "first" and not prompted):        # position 0
+        backbone = first_position_only(backbone)
     return backbone, tokenizer, identity
 
 
@@ -178,7 +186,7 @@ PADDING_REFUSED = 0.05
 
 
 def check_backbone(backbone, tokenizer, identity, reads):
-    """Try a backbone as load_backbone returns it, before place() and before anything is written.
+    """Try a backbone before place() and before anything is written.
 
     The trial is the classifier itself, behind a random prompt. reads: prompt.reads. Raises
     ValueError, in one line, if tokenizer and word embeddings do not belong together, if the

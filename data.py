@@ -305,11 +305,8 @@ TEXTS_AT_ONCE = 2048
 TOKENIZER_LOCK = threading.Lock()
 
 
-def encode(texts, tokenizer, max_length):
-    """Tokenize texts -> list of int32 arrays of token ids, special tokens included.
-
-    The tokenizer cuts a text of more than max_length tokens; a warning says how many are so long.
-    """
+def tokenize(texts, tokenizer, max_length):
+    """Texts -> list of int32 arrays of at most max_length token ids, special tokens included."""
     encoded = []
     for start in range(0, len(texts), TEXTS_AT_ONCE):
         part = texts[start:start + TEXTS_AT_ONCE]
@@ -317,6 +314,12 @@ def encode(texts, tokenizer, max_length):
             rows = tokenizer(part, truncation=True, max_length=max_length,
                              return_attention_mask=False, return_token_type_ids=False)
         encoded += [np.array(ids, dtype=np.int32) for ids in rows["input_ids"]]
+    return encoded
+
+
+def encode(texts, tokenizer, max_length):
+    """tokenize(), with a warning that says how many texts are so long that they may be cut."""
+    encoded = tokenize(texts, tokenizer, max_length)
     longest = sum(len(ids) == max_length for ids in encoded)
     if longest:
         warn(f"{longest:,} of {len(texts):,} texts fill or exceed data.max_length, {max_length} "

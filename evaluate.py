@@ -28,8 +28,7 @@ import torch
 from tqdm import tqdm
 
 import xpe
-from backbone import (check_backbone, first_position_only, load_backbone, pick_device,
-                      pick_precision, place, tokenizer_fingerprint)
+from backbone import load_backbone, pick_device, pick_precision, place
 from config import dump_config, resolve_group, resolve_targets
 from data import (check, collate, decode, encode, fingerprint, make_parser,
                   open_corpus, reading, run_main, shorten_list, tidy, token_batches, warn)
@@ -118,33 +117,23 @@ class Classifier:
 
     def __init__(self, runs, device, amp="auto"):
         first = runs[0]
-        settings = first.config["backbone"]
         self.runs = runs
         self.labels = first.meta["labels"]
         self.max_length = first.meta["max_length"]
         self.budget = first.config["evaluate"]["tokens"]
         self.precision = pick_precision(amp, device)
-        backbone, self.tokenizer, self.identity = load_backbone(
-            first.meta["backbone"], device, self.precision, settings["attention"],
-            settings["trust_remote_code"])
         reads = first.meta["reads"]
-        check_backbone(backbone, self.tokenizer, self.identity, reads)
-        now = {"backbone": self.identity["fingerprint"],
-               "tokenizer": tokenizer_fingerprint(self.tokenizer)}
+        frozen = first.prompt is not None
+        backbone, self.tokenizer, self.identity = load_backbone(
+            first.meta["backbone"], first.config["backbone"], device, self.precision, reads, frozen)
         for run in runs:
-            trained_with = {"backbone": run.meta["backbone"].get("fingerprint"),
-                            "tokenizer": run.meta.get("tokenizer")}
-            for what, then in trained_with.items():
-                if then not in (None, now[what]):
-                    warn(f"{run.name}: the {what} ({now[what]}) differs from that of its training "
-                         f"({then})")
-        frozen = first.meta["kind"] != "full"
+            told = run.changes(self.identity)
+            if told:
+                warn(f"{run.name}: not the backbone or tokenizer of its training: {told}")
         if not frozen:
             path = first.folder / "backbone.safetensors"
             with reading(path):
                 backbone.load_state_dict(read_tensors(path))
-        if reads == "prompt" or (reads == "first" and first.prompt is None):
-            backbone = first_position_only(backbone)
         prompts = [run.prompt.collapse() for run in runs if run.prompt is not None]
         heads = [run.head for run in runs]
         self.model = xpe.PromptedClassifier(backbone, prompts, heads, reads, frozen)

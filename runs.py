@@ -275,6 +275,12 @@ class Run:
         seed = re.search(r"seed-0*(\d+)", self.name)
         self.meta["seed"] = int(seed[1]) if seed else 1
 
+    def changes(self, identity):
+        """Backbone and tokenizer (see backbone.load_backbone) against those of its training ->
+        "fingerprint was ..., not ...", or "" if they are the same or it does not say."""
+        own = {**self.meta, **self.meta["backbone"]}
+        return differences(own, {key: identity[key] for key in ("fingerprint", "tokenizer")})
+
     def fingerprint(self):
         """A short hash of the trained tensors."""
         tensors = []

@@ -37,8 +37,7 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 import xpe
-from backbone import (check_backbone, cheap_dropout, first_position_only, load_backbone,
-                      pick_device, pick_precision, place, tokenizer_fingerprint)
+from backbone import cheap_dropout, load_backbone, pick_device, pick_precision, place
 from config import dump_config, in_reach, read_config, resolve_group, resolve_targets
 from data import (check, collate, encode, find_leaks, fingerprint, length_batches, make_parser,
                   nearest, open_corpus, reading, run_main, shorten_list, tidy, warn)
@@ -647,30 +646,24 @@ def check_folder(folder, config, resume):
 def prepare_backbone(job):
     """Load and check the backbone, and work out what depends on it."""
     settings = job.config["backbone"]
-    source = job.source
-    backbone, job.tokenizer, job.identity = load_backbone(
-        settings, job.device, job.cfg["amp"], settings["attention"], settings["trust_remote_code"])
-    check_backbone(backbone, job.tokenizer, job.identity, job.reads)
-    if source:          # released prompts do not say on which weights they were trained
-        trained_on = source.meta["backbone"].get("fingerprint", job.identity["fingerprint"])
-        check(trained_on == job.identity["fingerprint"], f"--adapt {source.folder}: was trained on "
-              f"another backbone than {job.identity['name']}")
-    job.prompt["width"], width = xpe.widths(backbone)
+    job.backbone, job.tokenizer, job.identity = load_backbone(
+        settings, settings, job.device, job.cfg["amp"], job.reads, job.mode != "full")
+    if job.source:
+        told = job.source.changes(job.identity)
+        check(not told, f"--adapt {job.source.folder}: was trained on another backbone: {told}")
+    job.prompt["width"], width = xpe.widths(job.backbone)
     # XLM-R's own classification head takes its dropout from the backbone's configuration
-    dropout = getattr(backbone.config, "classifier_dropout", None)
+    dropout = getattr(job.backbone.config, "classifier_dropout", None)
     if dropout is None:
-        dropout = getattr(backbone.config, "hidden_dropout_prob", 0.1)
+        dropout = getattr(job.backbone.config, "hidden_dropout_prob", 0.1)
     job.head = {"width": width, "classes": len(job.corpus.labels), "dropout": float(dropout)}
-    room = xpe.positions(backbone) - (0 if job.mode == "full" else job.prompt["length"])
+    room = xpe.positions(job.backbone) - (0 if job.mode == "full" else job.prompt["length"])
     job.max_length = min(job.max_length, room)
     check(job.max_length > 2, "data.max_length and the backbone's positions leave no room for a "
                               "text beside <s>, </s> and the prompt")
     if job.mode != "full":
         with torch.device("meta"):          # settings that do not make a prompt are told now
             xpe.SoftPrompt(**job.prompt)
-    if job.reads == "prompt" or (job.reads == "first" and job.mode == "full"):    # position 0
-        backbone = first_position_only(backbone)
-    job.backbone = backbone
     job.pad_id = job.tokenizer.pad_token_id or 0
 
 
@@ -691,7 +684,6 @@ def make_learners(job, plans):
             tasks[key] = Task(job.corpus, key, job.tokenizer, job.max_length, job.cfg)
         data = tasks[key].fingerprint
         meta = {"kind": job.mode, "seed": seed, **facts, "backbone": job.identity,
-                "tokenizer": tokenizer_fingerprint(job.tokenizer),
                 "labels": list(job.corpus.labels), "reads": job.reads,
                 "max_length": job.max_length, "data": {**job.data, "fingerprint": data},
                 "training": {"settings": {**settings, "data": data}, "versions": versions}}

@@ -18,6 +18,7 @@ from huggingface_hub import constants
 
 import backbone
 import xpe
+from config import read_config
 
 CPU = torch.device("cpu")
 
@@ -30,9 +31,8 @@ def copy(backbones, tmp_path):
 
 def load(name, reads="prompt", **more):
     """Load and try a backbone as the scripts do."""
-    loaded = backbone.load_backbone({"name": str(name), "revision": "main", **more}, CPU)
-    backbone.check_backbone(*loaded, reads)
-    return loaded
+    settings = {**read_config()["backbone"], "name": str(name), **more}
+    return backbone.load_backbone(settings, settings, CPU, "off", reads)
 
 
 # ---- Device and precision ------------------------------------------------------------------------
@@ -96,7 +96,8 @@ def test_backbones_of_any_kind(backbones, kind, reads):
     whole, ids = tiny(kind), torch.tensor([[4, 9, 30, 7, 12, 5]])
     encoder = whole.get_encoder() if whole.config.is_encoder_decoder else whole
     expected = encoder(input_ids=ids)[0]
-    close(model(inputs_embeds=model.get_input_embeddings()(ids))[0], expected)
+    states = model(inputs_embeds=model.get_input_embeddings()(ids))[0]
+    close(states, expected[:, :states.shape[1]])        # of one position, where that is enough
     assert identity["type"].removesuffix("-encoder") == kind
 
 
