@@ -228,20 +228,17 @@ class Scores:
                       "backbone": {"name": backbone["name"], "revision": backbone["revision"]}}
         self.lines = []
 
-    def read(self, amp, again):
+    def read(self):
         """Take what an earlier call left, if its facts were the same. Raises ValueError where
         scores of other languages would be lost."""
         path = self.folder / f"{self.split}.json"
-        if again or not path.is_file():
-            return
-        earlier = read_json(path)
+        earlier = read_json(path) if path.is_file() else {}
         lines = earlier.get("lines", [])
         codes = {code for code, _ in self.sentences}
         lost = [line["language"] for line in lines if line["language"] not in codes]
         check(not lost, f"{path}: has scores of {shorten_list(lost)}, which would be lost; --out "
                         f"names another folder, --again writes over them")
-        facts = self.facts if amp == "auto" else {**self.facts, "precision": amp}
-        if all(earlier.get(fact) == value for fact, value in facts.items()):
+        if all(earlier.get(fact) == value for fact, value in self.facts.items()):
             self.lines = lines
 
     def take(self, probabilities):
@@ -313,7 +310,7 @@ def score_runs(runs, split, languages, device, amp="auto", out=None, again=True)
     languages: codes, by default all (of an adapted prompt its own). Files go to `out`/<name of the
     run>, by default to each run's own folder. If `languages` are given, or backbone or data are not
     the run's own, nothing is written unless `out` is given. again=False: a run with scores of the
-    same prompt, data and backbone (and precision, unless `amp` is auto) is shown, not computed.
+    same prompt, data and backbone is shown, not computed.
     Raises, before anything is computed, ValueError where two runs would write to one folder and,
     with again=False, where scores of other languages would be lost.
     """
@@ -321,8 +318,8 @@ def score_runs(runs, split, languages, device, amp="auto", out=None, again=True)
     kept = [own for own in scores.values() if own.folder]
     check(len({own.folder for own in kept}) == len(kept), "two runs would write to the same "
           "folder; score them separately, each with its own --out")
-    for own in kept:
-        own.read(amp, again)
+    for own in [] if again else kept:
+        own.read()
     to_compute = [run for run in runs if not scores[run].lines]
     for group in group_runs(to_compute):
         classifier = Classifier(group, device, amp)

@@ -91,19 +91,15 @@ def parameter_groups(modules, cfg):
     paper: the standard rows have a rate of their own and no decay; biases and norms never decay.
     The embedding of the encoded rows has its own settings, too: see config.yaml.
     """
-    groups = {}
+    own = {"prompt.standard": "standard_", "prompt.encoded": "encoded_"}
+    groups = defaultdict(list)
     for name, parameter in modules.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if name == "prompt.standard":
-            key = cfg["standard_rate"], cfg["standard_weight_decay"]
-        elif name == "prompt.encoded":
-            key = cfg["encoded_rate"], cfg["encoded_weight_decay"]
-        elif "bias" in name or "norm" in name.lower():      # as transformers' Trainer decides it
-            key = cfg["rate"], 0.0
-        else:
-            key = cfg["rate"], cfg["weight_decay"]
-        groups.setdefault(key, []).append(parameter)
+        if parameter.requires_grad:
+            prefix = own.get(name, "")
+            decay = cfg[prefix + "weight_decay"]
+            if "bias" in name or "norm" in name.lower():        # as transformers' Trainer decides it
+                decay = 0.0
+            groups[cfg[prefix + "rate"], decay].append(parameter)
     return [dict(params=parameters, lr=rate, weight_decay=decay)
             for (rate, decay), parameters in groups.items()]
 
@@ -130,8 +126,7 @@ def make_schedule(optimizer, steps, cfg):
 @dataclass
 class Progress:
     """Where a learner stands: plain values, so that a checkpoint can hold them."""
-    dev_accuracy: float = 0.0       # of the last evaluation, percent
-    best_accuracy: float = -1.0     # of all so far
+    best_accuracy: float = -1.0     # on the dev split, percent
     best_step: int = 0
     best_loss: float = 0.0          # on the dev split, at the best step
     lowest_loss: float = math.inf   # on the dev split, since patience counts
@@ -209,9 +204,9 @@ class Learner:
         if not math.isfinite(dev_loss + train_loss):
             progress.stopped = f"diverged: the loss is no longer finite at step {step}"
             return
-        progress.dev_accuracy = accuracy(labels, logits.argmax(dim=1))
-        if progress.dev_accuracy > progress.best_accuracy:
-            progress.best_accuracy = progress.dev_accuracy
+        dev_accuracy = accuracy(labels, logits.argmax(dim=1))
+        if dev_accuracy > progress.best_accuracy:
+            progress.best_accuracy = dev_accuracy
             progress.best_step = step
             progress.best_loss = dev_loss
             self.best = self.tensors()
@@ -227,7 +222,7 @@ class Learner:
         if step == steps:
             progress.stopped = "all steps"
         line = json.dumps(dict(
-            step=step, loss=round(train_loss, 6), dev_accuracy=round(progress.dev_accuracy, 4),
+            step=step, loss=round(train_loss, 6), dev_accuracy=round(dev_accuracy, 4),
             dev_loss=round(dev_loss, 6), best=round(progress.best_accuracy, 4)))
         with reading(self.log.name):            # names the file of a full disk
             self.log.write(f"{line}\n".encode())
@@ -374,8 +369,8 @@ def evaluate_learners(learners, model, step, steps, since, job, autocast):
         learner.loss_sum.zero_()
         learner.record_evaluation(step, steps, own_logits, train_loss, job.cfg)
     if not job.quiet:
-        accuracies = [learner.progress.dev_accuracy for learner in learners]
-        tqdm.write(f"step {step:>6,} of {steps:,}: dev accuracy {np.mean(accuracies):.1f}")
+        best = [learner.progress.best_accuracy for learner in learners]
+        tqdm.write(f"step {step:>6,} of {steps:,}: best dev accuracy {np.mean(best):.1f}")
 
 
 def finish_stopped(learners):
@@ -430,17 +425,14 @@ def plan_passes(learners, size, command):
     None)]: those with a checkpoint as it lists them, the rest from the start."""
     passes = []
     alike = defaultdict(list)
-    by_name = {learner.folder.name: learner for learner in learners}
-    rest = dict(by_name)
+    rest = {learner.folder.name: learner for learner in learners}
     for learner in learners:
         path = learner.folder / "checkpoint.pt"
         if path.is_file():
             state = read_checkpoint(path)
-            names = state["learners"]
-            check(names.keys() <= by_name.keys(),
+            check(state["learners"].keys() <= rest.keys(),
                   f"{path}: its runs are resumed together: {command_of(learner.folder)}")
-            passes.append(([by_name[name] for name in names], path, state))
-            rest = {name: rest[name] for name in rest if name not in names}
+            passes.append(([rest.pop(name) for name in state["learners"]], path, state))
     for learner in rest.values():
         if not outcome(learner.folder):
             begun_with = command_of(learner.folder)
@@ -619,26 +611,22 @@ def plan_runs(job, args):
     for seed in seeds:
         name = f"{method_name(job.mode, job.prompt)}-{job.group}-s{seed}"
         if not source:
-            plans.append((args.out / name, seed, job.languages, {"sources": job.languages}))
+            facts = {"sources": job.languages}
+            plans.append((args.out / name, seed, tuple(job.languages), facts))
             continue
         for language in job.languages:
             facts = {"sources": source.sources, "adapted_from": source.name,
                      "adapted_to": language}
             name = f"{source.name}-to-{language}-s{seed}"
-            plans.append((args.out / name, seed, [language], facts))
+            plans.append((args.out / name, seed, (language,), facts))
     return plans
 
 
-def check_folder(folder, config, resume):
+def check_folder(folder, resume):
     """Say what is over already. Raises FileExistsError for a folder that would be written over."""
-    path = folder / "config.yaml"
     if folder.exists() and not resume:
-        before = read_config(path) if path.is_file() else config
-        changed = [differences(before[section], config[section]) for section in
-                   ("backbone", "data", "prompt", "train", "adapt", "full")]
-        changed = "; ".join(filter(None, changed)) or "with the same settings"
-        raise FileExistsError(f"{folder} exists ({changed}): --resume goes on with the same "
-                              f"settings, --out FOLDER starts elsewhere")
+        raise FileExistsError(f"{folder} exists: --resume goes on with the same settings, --out "
+                              f"FOLDER starts elsewhere. It was begun with: {command_of(folder)}")
     if outcome(folder):
         print(f"{folder}: over already ({outcome(folder)}); remove the folder to train it again")
 
@@ -679,15 +667,14 @@ def make_learners(job, plans):
     tasks = {}
     learners = []
     for folder, seed, languages, facts in plans:
-        key = tuple(languages)
-        if key not in tasks:
-            tasks[key] = Task(job.corpus, key, job.tokenizer, job.max_length, job.cfg)
-        data = tasks[key].fingerprint
+        if languages not in tasks:
+            tasks[languages] = Task(job.corpus, languages, job.tokenizer, job.max_length, job.cfg)
+        data = tasks[languages].fingerprint
         meta = {"kind": job.mode, "seed": seed, **facts, "backbone": job.identity,
                 "labels": list(job.corpus.labels), "reads": job.reads,
                 "max_length": job.max_length, "data": {**job.data, "fingerprint": data},
                 "training": {"settings": {**settings, "data": data}, "versions": versions}}
-        learners.append(Learner(folder, seed, tasks[key], meta))
+        learners.append(Learner(folder, seed, tasks[languages], meta))
         path = folder / "prompt.json"
         if outcome(folder) and path.is_file():
             with reading(path):
@@ -708,7 +695,7 @@ def main(argv=None):
     job.cfg["amp"] = pick_precision(job.cfg["amp"], job.device)
     plans = plan_runs(job, args)[rank::world_size]
     for folder, *_ in plans:
-        check_folder(folder, job.config, args.resume)
+        check_folder(folder, args.resume)
     prepare_backbone(job)
     learners = make_learners(job, plans)
     for learner in learners:            # from here on, nobody else can train these runs

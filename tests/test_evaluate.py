@@ -214,13 +214,13 @@ def test_what_the_head_reads(world, tmp_path, kind, reads):
 
 
 def test_what_is_scored_already(world, one, tmp_path):
-    """Catches: hours for scores that are there; old scores shown for a new prompt, new data,
-    another backbone or precision."""
+    """Catches: hours for scores that are there; old scores shown for a new prompt, new data or
+    another backbone."""
     root = shutil.copytree(world / "data", tmp_path / "data")
     twin = shutil.copytree(world / "backbone", tmp_path / "twin")
     write_run(tmp_path / "other", world, seed=12)
     for change, options in [
-            ("", ""), ("", "--again"), ("", "--amp bf16"), ("", "--amp off"),
+            ("", ""), ("", "--again"),
             (f"cp {tmp_path}/other/prompt.safetensors {one}", ""),
             (f"echo 'new\ttravel\tbeach' >> {root}/ccc_Latn/test.tsv", ""),
             (f"echo {{}} > {tmp_path}/out/{one.name}/test.json", ""), ("", f"--backbone {twin}")]:
