@@ -14,12 +14,13 @@ import shlex
 
 import yaml
 
+import xpe
 from data import HERE, check, nearest, read_text, reading, tidy
 
 # The words that a setting may be, by the name of its key.
 CHOICES = {
-    "encoder": ("mlp", "lstm", "attention", "none"),
-    "reads": ("prompt", "first", "mean", "last"),
+    "encoder": xpe.ENCODERS,
+    "reads": xpe.READS,
     "attention": ("auto", "sdpa", "eager"),
     "optimizer": ("adafactor", "adamw"),
     "schedule": ("cosine", "linear"),
@@ -27,13 +28,8 @@ CHOICES = {
     "frozen_weights": ("amp", "float32"),
     "class_weights": ("none", "balanced"),
 }
-# Numbers that cannot be zero. All others may: 0 epochs or 0 hidden have a meaning of their own.
-AT_LEAST_ONE = ("batch_size", "accumulate", "cycles", "learners_at_once", "length", "tokens",
-                "layers", "heads")
-# Shares of a whole: of the prompt rows, of the steps, of the values that dropout clears.
-SHARES = ("ratio", "warmup", "patience_after", "dropout", "prompt_dropout")
-# What other programs call a setting
-ALSO_CALLED = {"lr": "rate", "learning_rate": "rate", "batch": "batch_size"}
+# Numbers that cannot be zero; 0 epochs, for one, have a meaning of their own.
+AT_LEAST_ONE = ("batch_size", "accumulate", "learners_at_once")
 
 
 def in_reach(script):
@@ -60,10 +56,7 @@ class TextLoader(yaml.BaseLoader):
 def load_yaml(text, name):
     """YAML -> dicts, lists and texts; ValueError with name and line for what cannot be read."""
     with reading(name):
-        try:
-            return yaml.load(text, TextLoader)
-        except yaml.MarkedYAMLError as error:
-            raise ValueError(f"line {error.problem_mark.line + 1}: {error.problem}") from None
+        return yaml.load(text, TextLoader)
 
 
 def dump_config(config):
@@ -81,110 +74,92 @@ def read_config(path=None, settings=()):
     of the sections `adapt` and `full`, and `steps` sets `epochs` to 0. Raises ValueError that says
     where, which key, and what is possible.
     """
-    recipe = load_yaml(read_text(HERE / "config.yaml"), "config.yaml")
-    kinds = {section: {key: kind_of(text) for key, text in values.items()}
-             for section, values in recipe.items() if isinstance(values, dict)}
-    # `adapt` and `full` hold what differs from `train`, so any key of `train` may stand there
-    kinds["full"] = kinds["train"]
-    kinds["adapt"] = {**kinds["train"], "prompt_dropout": float}
-    config = {section: {} for section in recipe}
-    lay_over(config, recipe, kinds, "config.yaml")
+    config = load_yaml(read_text(HERE / "config.yaml"), "config.yaml")
+    for section, values in config.items():
+        if section != "sources":
+            config[section] = {key: read_default(value) for key, value in values.items()}
     if path is not None:
         layer = load_yaml(read_text(path), path)
         check(isinstance(layer, dict), f"{path}: must be a mapping, section: {{key: value}}")
         if "targets" in layer:
             config["targets"] = {}
-        lay_over(config, layer, kinds, path)
+        lay_over(config, layer, path)
     for setting in settings:
         name, equals, text = setting.partition("=")
-        section, _, key = name.strip().partition(".")
-        value = load_yaml(text, f"--set {setting}")
-        check(equals and (key or isinstance(value, str)),
-              f"--set {setting}: write section.key=value")
-        lay_over(config, {section: {key: value} if key else value}, kinds, f"--set {setting}")
+        section, _, key = name.partition(".")
+        where = f"--set {setting}"
+        check(equals and key, f"{where}: write section.key=value")
+        lay_over(config, {section: {key: load_yaml(text, where)}}, where)
         for own in ("adapt", "full"):
             if section == "train" and key in config[own]:
-                config[own][key] = config[section][key]
+                config[own][key] = config["train"][key]
         if key == "steps":
             for part in ("train", "adapt", "full"):
                 config[part]["epochs"] = 0
     return config
 
 
-def kind_of(text):
-    """The type of a setting, by its default in config.yaml."""
+def read_default(text):
+    """A value of config.yaml: true or false, a whole number, a number, or else as it stands."""
     if text in ("true", "false"):
-        return bool
+        return text == "true"
     for kind in (int, float):
         try:
-            kind(text)
-            return kind
+            return kind(text)
         except (ValueError, TypeError):
             continue
-    return str
+    return text
 
 
-def lay_over(config, layer, kinds, where):
-    """Change `config` by what `layer` says, checked against the types of the defaults."""
+def lay_over(config, layer, where):
+    """Change `config` by what `layer` says; each value becomes what its default is."""
     for section, values in layer.items():
-        if section not in config:
-            raise ValueError(f"{where}: unknown setting {section!r}{suggest(section, kinds)}")
+        check(section in config, f"{where}: unknown section {section!r}{nearest(section, config)}")
         if section == "sources":
-            check(values and isinstance(values, str), f"{where}: sources must name a group")
+            check(isinstance(values, str), f"{where}: sources must name a group")
             config[section] = values
             continue
         check(isinstance(values, dict), f"{where}: {section} is a section of settings, not a value")
+        known = config[section]
+        if section in ("adapt", "full"):    # they hold what differs from `train`: any key of it
+            known = {**config["train"], **known}
         for key, value in values.items():
-            name = f"{section}.{key}"
+            name = f"{where}: {section}.{key}"
             if section in ("groups", "targets"):
-                config[section][tidy(key)] = check_group(value, f"{where}: {name}")
-                continue
-            if key not in kinds[section]:
-                raise ValueError(f"{where}: unknown setting {name!r}{suggest(name, kinds)}")
-            config[section][key] = convert(value, kinds[section][key], key, f"{where}: {name}")
-    check("Sources" not in config["targets"],
-          f"{where}: targets.Sources: this column is always there, with the run's own sources")
+                config[section][tidy(key)] = read_members(value, name)
+            else:
+                check(key in known, f"{name} is unknown{nearest(key, known)}")
+                config[section][key] = convert(value, type(known[key]), key, name)
 
 
-def suggest(name, kinds):
-    """' (did you mean section.key?)' for an unknown name, or ''."""
-    section, _, key = name.rpartition(".")
-    key = ALSO_CALLED.get(key, key)
-    names = [f"{part}.{known}" for part in kinds for known in kinds[part]]
-    same_key = [known for known in names if known.endswith(f".{key}")]
-    if same_key:
-        return f" (did you mean {same_key[0]}?)"
-    return nearest(name, [*names, *kinds, "sources"])
-
-
-def check_group(members, name):
-    """-> a group's members, a name or a list of names; ValueError for anything else."""
-    if members and isinstance(members, str):
-        return tidy(members)
-    check(isinstance(members, list) and all(code and isinstance(code, str) for code in members),
+def read_members(value, name):
+    """The members of a group: a name, or a list of names; ValueError for anything else."""
+    if isinstance(value, str):
+        return tidy(value)
+    check(isinstance(value, list) and all(isinstance(code, str) for code in value),
           f"{name} must be a list of language codes and group names")
-    return [tidy(code) for code in members]
+    return [tidy(code) for code in value]
 
 
 def convert(text, kind, key, name):
-    """A setting's text -> its value of type `kind`; ValueError for another, or out of range."""
+    """A setting's text -> its value of type `kind`; ValueError for any other, or too small a one.
+    """
     what = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
     wrong = f"{name} must be {what}, not {text!r}"
     check(isinstance(text, str), wrong)
     if kind is str:
-        choices = CHOICES.get(key, (text,))
+        choices = CHOICES.get(key, [text])
         check(text in choices, f"{name} cannot be {text!r}, only {', '.join(choices)}")
         return text
     if kind is bool:
-        check(text.lower() in ("true", "false"), wrong)
-        return text.lower() == "true"
+        check(text in ("true", "false"), wrong)
+        return text == "true"
     try:
         number = kind(text)
     except ValueError:
         raise ValueError(wrong) from None
-    check(0 <= number < 1e12, f"{name} must be from 0 up to 1e12, not {text}")
-    check(number >= 1 or key not in AT_LEAST_ONE, f"{name} must be at least 1, not {text}")
-    check(number <= 1 or key not in SHARES, f"{name} is a share between 0 and 1, not {text}")
+    least = 1 if key in AT_LEAST_ONE else 0
+    check(number >= least, f"{name} must be at least {least}, not {text}")      # nan is not, either
     return number
 
 
@@ -193,17 +168,15 @@ def convert(text, kind, key, name):
 def resolve_group(config, names, inside=()):
     """A group's name, or a list of codes, groups and -exclusions -> codes, in order, no duplicates.
 
-    A name that is not a group is a language code. Raises ValueError for a group that contains
-    itself, and for an exclusion that excludes nothing. inside: the groups being resolved.
+    A name that is not a group is a language code, and so is the name of a group inside itself.
+    Raises ValueError for an exclusion that excludes nothing. inside: the groups being resolved.
     """
     groups = config["groups"]
     codes = []
     for name in [names] if isinstance(names, str) else names:
         bare = name.removeprefix("-")
         members = [bare]
-        if bare in groups and groups[bare] != [bare]:
-            check(bare not in inside, f"groups.{bare} contains itself: a group cannot have the "
-                                      f"name of a language that it lists")
+        if bare in groups and bare not in inside:
             members = resolve_group(config, groups[bare], (*inside, bare))
         if bare == name:
             codes += [code for code in members if code not in codes]

@@ -402,7 +402,7 @@ def test_an_existing_folder_is_not_written_over(world, usual, change):
     ("--mode xpe --seeds 1..3", "--seeds 1..3: write 11, 11-20 or 11,15"),
     ("--mode xpe --data /no/where", "/no/where: no such folder"),
     ("--mode xpe --backbone /no/where", "/no/where: no such folder"),
-    ("--mode xpe --set lr=1", "did you mean train.rate"),
+    ("--mode xpe --set lr=1", "write section.key=value"),
     ("--mode xpe train.batch_size=0", "at least 1"),
     ("--mode xpe prompt.encoder=attention prompt.heads=5", "prompt.heads.* divide"),
     ("--mode xpe prompt.length=62", "no room for a text")])
