@@ -88,8 +88,9 @@ def read_config(path=None, settings=()):
         name, equals, text = setting.partition("=")
         section, _, key = name.partition(".")
         where = f"--set {setting}"
-        check(equals and key, f"{where}: write section.key=value")
-        lay_over(config, {section: {key: load_yaml(text, where)}}, where)
+        check(equals and (key or section == "sources"), f"{where}: write section.key=value")
+        value = load_yaml(text, where)
+        lay_over(config, {section: {key: value} if key else value}, where)
         for own in ("adapt", "full"):
             if section == "train" and key in config[own]:
                 config[own][key] = config["train"][key]
