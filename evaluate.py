@@ -217,7 +217,7 @@ class Scores:
                   f"{self.folder}: is another trained run; --out names another folder")
         if not languages and "adapted_to" in run.meta:
             languages = [run.meta["adapted_to"]]
-        languages = languages or [code for code in corpus.languages()
+        languages = languages or [code for code in corpus.files
                                   if split in corpus.splits(code)]
         check(languages, f"{corpus.root}: no language has a file {split}.tsv")
         self.sentences = [(code, sentence) for code in languages

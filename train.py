@@ -97,7 +97,7 @@ def parameter_groups(modules, cfg):
         if parameter.requires_grad:
             prefix = own.get(name, "")
             decay = cfg[prefix + "weight_decay"]
-            if "bias" in name or "norm" in name.lower():        # as transformers' Trainer decides it
+            if "bias" in name or "norm" in name.lower():    # as transformers' Trainer decides it
                 decay = 0.0
             groups[cfg[prefix + "rate"], decay].append(parameter)
     return [dict(params=parameters, lr=rate, weight_decay=decay)
@@ -588,7 +588,7 @@ def read_job(args):
 
 def check_corpus(corpus, languages, config, source):
     """Tell before training: unknown languages, no test split, sentences that are not new."""
-    known = corpus.languages()
+    known = corpus.files
     wanted = dict.fromkeys(sum(resolve_targets(config).values(), []))
     absent = [code + nearest(code, known) for code in wanted if code not in known]
     if absent and not source:
