@@ -6,14 +6,14 @@ several backbones or corpora get a report each.
 
     python report.py runs/* --compare xpe spt --plot gain.png --out report
 
-gives, for sample/e5.yaml (twenty seeds; gain-languages.png is the same with names):
+gives, for sample/e5.yaml (twenty seeds):
 
     | method | source | seeds | trainable |    Sources | Low-performing | ...
     | :----- | :----- | ----: | --------: | ---------: | -------------: | ...
     | xpe    | joshi5 |    20 |   241,735 | 85.3 ± 1.2 |     50.1 ± 1.1 | ...
 
-Read downwards: run folders, means over seeds, comparison, tables, pictures, the command. Published
-figures are in published.csv, families and names of languages in baselines.csv. Letters: S seeds,
+Read downwards: run folders, means over seeds, comparison, tables, the picture, the command.
+Published figures are in published.csv, families of languages in baselines.csv. Letters: S seeds,
 I test sentences.
 """
 import argparse
@@ -26,7 +26,6 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from itertools import cycle, dropwhile
-from math import ceil
 from pathlib import Path
 
 import numpy as np
@@ -569,114 +568,111 @@ def study_tables(study, split, notes):
     return tables
 
 
-# ---- Pictures ------------------------------------------------------------------------------------
+# ---- The picture --------------------------------------------------------------------------------
 
 # Grey for the sources, then Okabe and Ito's colours, told apart by the colour-blind, too
 COLOURS = ("#8c8c8c", "#d55e00", "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9")
 FREQUENT = 7                            # families or scripts with a strip of their own
-NAMES_IN_COLUMN = 52                    # languages of one column of the long picture
 STYLE = {"font.size": 7, "axes.titlesize": 7, "figure.titlesize": 8, "lines.markersize": 4,
          "axes.grid": True, "axes.grid.axis": "x", "grid.alpha": 0.25, "axes.axisbelow": True,
          "axes.spines.top": False, "axes.spines.left": False, "axes.spines.right": False,
          "ytick.major.size": 0, "legend.frameon": False}
 
 
-class Picture:
-    """What the two pictures of a comparison share.
-
-    .languages and .gains, the largest first; .colours of the languages: that of the first group
-    that holds it; .group_colours; .legend; .names and .families of the languages.
-    """
-
-    def __init__(self, comparison):
-        from matplotlib.patches import Patch
-        self.comparison = comparison
-        self.languages = [line["language"] for line in comparison.languages]
-        self.gains = np.array([line["A - B"] for line in comparison.languages])
-        self.label = "accuracy of {} minus {} (points)".format(*comparison.names)
-        self.intervals = f"95 % intervals (seeds: {comparison.seeds})"
-        facts = {line["code"]: line for line in read_csv(HERE / "baselines.csv")}
-        self.names = []
-        self.families = []
-        for language in self.languages:
-            known = facts.get(language, {"name": "", "family": "unknown"})
-            self.names.append(f"{known['name']} {language}")
-            self.families.append(known["family"])
-        self.group_colours = []
-        self.legend = []
-        of_language = {}
-        groups = {**comparison.members, "all languages": self.languages}
-        for colour, (title, codes) in zip(cycle(COLOURS), groups.items()):
-            own = [code for code in codes if code not in of_language]
-            of_language.update(dict.fromkeys(own, colour))
-            if codes:                                   # black: all have other groups' colours
-                self.group_colours.append(colour if own else "black")
-            if own:
-                others = ", the others" if len(own) < len(codes) else ""
-                self.legend.append(Patch(color=colour, label=f"{title}{others} ({len(own)})"))
-        self.colours = np.array([of_language[language] for language in self.languages])
-
-    def draw_strips(self, axes, values, title):
-        """A row for each frequent value, the largest mean gain on top: a dot for each language,
-        spread a little up and down, and a stroke for their mean. values: one for each language."""
-        frequent = dict(Counter(values).most_common(FREQUENT))
-        values = np.array([value if value in frequent else "others" for value in values])
-        counts = Counter(values)
-        order = sorted(counts, key=lambda value: -self.gains[values == value].mean())
-        names = [f"{value} ({counts[value]})" for value in order]
-        name_rows(axes, names, title)
-        spread = np.random.default_rng(0)               # the same picture each time
-        for height, value in enumerate(order):
-            chosen = values == value
-            gains = self.gains[chosen]
-            mean = gains.mean()
-            heights = height + spread.uniform(-0.28, 0.28, len(gains))
-            axes.plot([mean, mean], [height - 0.4, height + 0.4], color="black")
-            axes.scatter(gains, heights, s=3, c=self.colours[chosen], zorder=3)
-
-    def draw_overview(self):
-        """Groups with intervals, sorted gains, families and scripts, all on one axis -> Figure."""
-        from matplotlib.figure import Figure
-        groups = self.comparison.groups
+def plot(path, comparison):
+    """Write the picture of a comparison to `path`."""
+    from matplotlib import style
+    from matplotlib.figure import Figure
+    # "default": not what a user's own matplotlibrc says
+    with style.context(["default", STYLE]), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         figure = Figure((7.2, 6.2), layout="constrained")
-        heights = (len(groups) + 1, FREQUENT + 2, FREQUENT + 2)
-        panels = figure.subplot_mosaic("lg;lf;ls", sharex=True, height_ratios=heights)
-        axes_of_languages, axes_of_groups, axes_of_families, axes_of_scripts = panels.values()
+        draw(figure, comparison)
+        form = path.suffix[1:]
+        write_atomically(path, lambda file: figure.savefig(file, format=form, dpi=150))
+    print(f"{path}: written")
+    text = " ".join(str(warning.message) for warning in caught)
+    glyphs = dict.fromkeys(re.findall(r"Glyph (\d+)", text))
+    letters = "".join(chr(int(glyph)) for glyph in glyphs)
+    if letters:
+        warn(f"--plot: boxes stand for the letters that the font lacks: {letters}")
 
-        significant = self.comparison.significant
-        bars = []
-        for line, colour in zip(self.comparison.languages, self.colours):
-            pale = significant and line not in significant
-            bars.append((colour, 0.45 if pale else 1))
-        axes_of_languages.barh(range(len(bars)), self.gains, 0.9, color=bars)
-        title = f"{len(bars)} languages"
-        if significant:
-            title += ", the significant ones in full colour"
-        name_rows(axes_of_languages, [""] * len(bars), title)
 
-        names = [f"{line['group']} ({line['languages']})" for line in groups]
-        draw_intervals(axes_of_groups, groups, names, self.group_colours,
-                       f"groups, {self.intervals}")
-        self.draw_strips(axes_of_families, self.families, "families, with their means")
-        scripts = [language.rpartition("_")[2] for language in self.languages]
-        self.draw_strips(axes_of_scripts, scripts, "scripts, with their means")
-        figure.suptitle(self.label)
-        return figure
+def draw(figure, comparison):
+    """Draw groups with intervals, sorted gains, families and scripts, all on one axis."""
+    lines = comparison.languages
+    groups = comparison.groups
+    languages = [line["language"] for line in lines]
+    gains = np.array([line["A - B"] for line in lines])
+    members = {**comparison.members, "all languages": languages}
+    colour_of_group, colour_of, legend = choose_colours(members)
+    colours = np.array([colour_of[language] for language in languages])
+    heights = (len(groups) + 1, FREQUENT + 2, FREQUENT + 2)
+    panels = figure.subplot_mosaic("lg;lf;ls", sharex=True, height_ratios=heights)
 
-    def draw_languages(self):
-        """Every language with its name, gain and interval, in columns on one axis -> Figure."""
-        from matplotlib.figure import Figure
-        columns = ceil(len(self.languages) / NAMES_IN_COLUMN)
-        rows = ceil(len(self.languages) / columns)
-        figure = Figure((1.2 + 3.3 * columns, 1.6 + 0.155 * rows), layout="constrained")
-        panels = figure.subplots(1, columns, sharex=True, squeeze=False)[0]
-        for column, axes in enumerate(panels):
-            part = slice(column * rows, (column + 1) * rows)
-            lines = self.comparison.languages[part]
-            draw_intervals(axes, lines, self.names[part], self.colours[part])
-            axes.set_ylim(rows - 0.4, -0.6)
-        figure.suptitle(f"{self.label}\n{self.intervals}, filled where significant")
-        return figure
+    significant = [line["note"] == "significant" for line in lines]
+    title = f"{len(lines)} languages"
+    bars = colours
+    if any(significant):
+        title += ", the significant ones in full colour"
+        opacities = np.where(significant, 1, 0.45)
+        bars = list(zip(colours, opacities))
+    panels["l"].barh(range(len(lines)), gains, 0.9, color=bars)
+    name_rows(panels["l"], [""] * len(lines), title)
+
+    names = [f"{line['group']} ({line['languages']})" for line in groups]
+    name_rows(panels["g"], names, f"groups, 95 % intervals (seeds: {comparison.seeds})")
+    for height, line in enumerate(groups):
+        colour = colour_of_group[line["group"]]
+        panels["g"].plot([line["low"], line["high"]], [height, height], color=colour)
+        panels["g"].plot(line["A - B"], height, "o", color=colour)
+
+    family_of = {line["code"]: line["family"] for line in read_csv(HERE / "baselines.csv")}
+    families = [family_of.get(language, "unknown") for language in languages]
+    scripts = [language.rpartition("_")[2] for language in languages]
+    draw_strips(panels["f"], "families, with their means", families, gains, colours)
+    draw_strips(panels["s"], "scripts, with their means", scripts, gains, colours)
+    figure.suptitle("accuracy of {} minus {} (points)".format(*comparison.names))
+    figure.legend(handles=legend, loc="outside lower center", ncols=4)
+
+
+def choose_colours(members):
+    """{group: languages} -> ({group: colour}, {language: colour}, handles of the legend).
+
+    A language has the colour of the first group that holds it; a group is black if earlier ones
+    hold all of its languages.
+    """
+    from matplotlib.patches import Patch
+    colour_of_group = {}
+    colour_of = {}
+    legend = []
+    for colour, (title, codes) in zip(cycle(COLOURS), members.items()):
+        own = [code for code in codes if code not in colour_of]
+        colour_of_group[title] = colour if own else "black"
+        if own:
+            colour_of.update(dict.fromkeys(own, colour))
+            others = ", the others" if len(own) < len(codes) else ""
+            legend.append(Patch(color=colour, label=f"{title}{others} ({len(own)})"))
+    return colour_of_group, colour_of, legend
+
+
+def draw_strips(axes, title, values, gains, colours):
+    """A row for each frequent value, the largest mean gain on top: a dot for each language, spread
+    a little up and down, and a stroke for their mean. values, gains, colours: one for each
+    language."""
+    frequent = dict(Counter(values).most_common(FREQUENT))
+    values = np.array([value if value in frequent else "others" for value in values])
+    counts = Counter(values)
+    order = sorted(counts, key=lambda value: -gains[values == value].mean())
+    names = [f"{value} ({counts[value]})" for value in order]
+    name_rows(axes, names, title)
+    spread = np.random.default_rng(0)                   # the same picture each time
+    for height, value in enumerate(order):
+        chosen = values == value
+        mean = gains[chosen].mean()
+        heights = height + spread.uniform(-0.28, 0.28, counts[value])
+        axes.plot([mean, mean], [height - 0.4, height + 0.4], color="black")
+        axes.scatter(gains[chosen], heights, s=3, c=colours[chosen], zorder=3)
 
 
 def name_rows(axes, names, title):
@@ -685,39 +681,6 @@ def name_rows(axes, names, title):
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_title(title)
     axes.axvline(0, color="black", linewidth=0.8, zorder=0)
-
-
-def draw_intervals(axes, lines, names, colours, title=""):
-    """A dot and an interval for each line; hollow for a language that is not significant."""
-    name_rows(axes, names, title)
-    for height, (line, colour) in enumerate(zip(lines, colours)):
-        hollow = line.get("note") in ("", "source")
-        fill = "white" if hollow else colour
-        axes.plot([line["low"], line["high"]], [height, height], color=colour)
-        axes.plot(line["A - B"], height, "o", color=colour, markerfacecolor=fill)
-
-
-def plot(path, comparison):
-    """Write the overview to `path`, and the long version with all names beside it."""
-    from matplotlib import style
-    # "default": not what a user's own matplotlibrc says
-    with style.context(["default", STYLE]), warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        picture = Picture(comparison)
-        pictures = {"": picture.draw_overview(), "-languages": picture.draw_languages()}
-        for ending, figure in pictures.items():
-            columns = int(figure.get_figwidth() / 1.75)         # inches
-            figure.legend(handles=picture.legend, loc="outside lower center", ncols=columns)
-            name = path.with_stem(path.stem + ending)
-            form = path.suffix[1:]
-            write_atomically(name, lambda file: figure.savefig(file, format=form, dpi=150))
-            print(f"{name}: written")
-    letters = {}                                        # used as a set that keeps its order
-    for warning in caught:
-        for glyph in re.findall(r"Glyph (\d+)", str(warning.message)):
-            letters[chr(int(glyph))] = None
-    if letters:
-        warn(f"--plot: boxes stand for the letters that the font lacks: {''.join(letters)}")
 
 
 # ---- The command ---------------------------------------------------------------------------------
@@ -744,8 +707,7 @@ def main(argv=None):
     add = parser.add_argument
     add("runs", nargs="+", help="folders that evaluate.py scored")
     add("--compare", nargs=2, help="methods: xpe spt, or xpe-joshi5 xpe-seen; is the first better?")
-    add("--plot", type=Path, help="with --compare: gain.png (.pdf, .svg) and gain-languages.png "
-        "(needs matplotlib)")
+    add("--plot", type=Path, help="with --compare: gain.png (or .pdf, .svg; needs matplotlib)")
     add("--out", type=Path, help="write report.md and report.csv to this folder")
     add("--split", default="test", choices=SPLITS)
     add("--leave-out", default="", help="languages not to count, separated by commas: ars_Arab, "
