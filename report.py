@@ -6,36 +6,29 @@ several backbones or corpora get a report each.
 
     python report.py runs/* --compare xpe spt --plot gain.png --out report
 
-gives, for sample/e5.yaml (twenty seeds; gain-languages.png is the same with names):
+gives, for sample/e5.yaml (twenty seeds):
 
     | method | source | seeds | trainable |    Sources | Low-performing | ...
     | :----- | :----- | ----: | --------: | ---------: | -------------: | ...
     | xpe    | joshi5 |    20 |   241,735 | 85.3 ± 1.2 |     50.1 ± 1.1 | ...
 
-Read downwards: run folders, means over seeds, comparison, tables, pictures, the command. Published
-figures are in published.csv, families and names of languages in baselines.csv. Letters: S seeds,
+Read downwards: run folders, means over seeds, comparison, tables, the picture, the command.
+Published figures are in published.csv, families of languages in baselines.csv. Letters: S seeds,
 I test sentences.
 """
-import argparse
 import csv
-import io
-import re
 import warnings
-from collections import Counter
-from dataclasses import dataclass
-from functools import cache
-from importlib.util import find_spec
-from itertools import cycle, dropwhile
-from math import ceil
+from collections import Counter, namedtuple
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
 
 from config import read_config, resolve_group, resolve_targets
-from data import (HERE, SPLITS, check, fingerprint, nearest, read_text, reading, run_main,
+from data import (HERE, check, fingerprint, make_parser, nearest, read_text, reading, run_main,
                   shorten_list, warn)
-from evaluate import group_means
-from runs import method_name, read_json, why_no_run, write_atomically, write_csv
+from evaluate import group_means, split_commas
+from runs import differences, method_name, read_json, why_no_run, write_atomically, write_csv
 
 KINDS = ("full", "head", "spt", "dual", "xpe")                  # their order in the tables
 # Settings for the memory that there is, and what each adapted run has of its own
@@ -43,22 +36,9 @@ NO_RECIPE = ("learners_at_once", "tokens", "data", "source")
 
 
 def read_csv(path):
-    """The lines of a CSV file as dicts; it may begin with comments (#)."""
-    lines = io.StringIO(read_text(path), newline="")
-    table = dropwhile(lambda line: line.startswith("#"), lines)
-    return list(csv.DictReader(table))
-
-
-def published_tables(titles):
-    """published.csv -> {title of a table: its lines}; titles: {target group: title of its column}.
-    """
-    tables = {}
-    for line in read_csv(HERE / "published.csv"):
-        shown = {key: line[key] for key in ("method", "source", "seeds")}
-        for group, title in titles.items():
-            shown[title] = line.get(group)
-        tables.setdefault(line["table"], []).append(shown)
-    return tables
+    """The lines of a CSV file as dicts; lines that begin with # are comments."""
+    lines = read_text(path).split("\n")
+    return list(csv.DictReader(line for line in lines if not line.startswith("#")))
 
 
 # ---- Run folders ---------------------------------------------------------------------------------
@@ -68,7 +48,7 @@ class ScoredRun:
 
     .hits: {language: bool array (I,), whether each answer is right}; .scores: {language: accuracy
     in percent}, both without the languages to be left out; .sentences: {language: (ids, labels)};
-    .recipe: its settings, as texts.
+    .settings of its training; .figures and .partial: see add_figures.
     """
 
     def __init__(self, folder, split, leave_out):
@@ -76,89 +56,80 @@ class ScoredRun:
         check(predictions.is_file(),
               why_no_run(folder) or f"no {predictions.name}; evaluate.py writes it")
         meta = read_json(folder / "prompt.json")
-        check(meta["kind"] in KINDS, f"prompt.json: unknown kind {meta['kind']!r}")
+        kind = meta["kind"]
+        check(kind in KINDS, f"prompt.json: unknown kind {kind!r}")
         self.folder = folder
-        self.rank = KINDS.index(meta["kind"])
-        self.method = method_name(meta["kind"], meta["prompt"])     # xpe, dual30 ...
+        self.rank = KINDS.index(kind)
+        self.method = method_name(kind, meta["prompt"])     # xpe, dual30 ...
         self.seed = int(meta["seed"])
-        self.sources = [str(code) for code in meta["sources"]]
-        name = Path(meta["backbone"]["name"]).name
-        fingerprint_of_weights = meta["backbone"].get("fingerprint", "")
-        self.weights = fingerprint_of_weights or name               # what tells backbones apart
-        self.backbone = f"{name} {fingerprint_of_weights[:8]}".strip()
-        self.adapted_from = str(meta.get("adapted_from"))           # the name of a run
-        self.adapted_to = str(meta.get("adapted_to", ""))           # a language
-        # the authors' release says nothing of its training
-        self.trainable = meta["training"].get("trainable")
-        settings = meta["training"].get("settings", {})
-        self.recipe = {f"{key} {settings[key]}" for key in settings if key not in NO_RECIPE}
+        self.sources = meta["sources"]
+        self.backbone = Path(meta["backbone"]["name"]).name
+        self.weights = meta["backbone"]["fingerprint"]      # what tells backbones apart
+        self.adapted_from = meta.get("adapted_from")        # the name of a run
+        self.adapted_to = meta.get("adapted_to", "")        # a language
+        training = meta["training"]                         # of the authors' release: {}
+        self.trainable = training.get("trainable")
+        self.settings = training.get("settings", {})
+        self.figures = {}
+        self.partial = {}
 
         answers = {}
         for line in read_csv(predictions):
-            answer = (plain_id(line["index_id"]), line["label"], line["predicted"])
+            answer = (line["index_id"], line["label"], line["predicted"])
             answers.setdefault(line["language"], []).append(answer)
         self.sentences = {}
         self.hits = {}
         self.scores = {}
         for language, lines in answers.items():
             ids, labels, predicted = zip(*lines)
-            check(len(set(ids)) == len(ids), f"{language}: two sentences of the same index_id")
             self.sentences[language] = (ids, labels)
             if language not in leave_out:
                 self.hits[language] = np.array(labels) == np.array(predicted)
                 self.scores[language] = 100 * self.hits[language].mean()
 
 
-@cache
-def plain_id(index_id):
-    """An index_id without what spreadsheets add or drop: 007 and 7.0 are 7."""
-    return re.sub(r"^0*(\d+)(\.0*)?$", r"\1", index_id.strip())
-
-
 class Study:
     """Runs that one table can hold: of one backbone, with the same sentences in each language.
 
-    Groups and columns are those of the first run's config.yaml.
+    .runs, and .adapted: those that were adapted to a target language. Groups and columns are those
+    of the first run's config.yaml.
     """
 
     def __init__(self, run):
         self.config = read_config(run.folder / "config.yaml")
         self.targets = resolve_targets(self.config)     # title -> codes
+        self.backbone = run.backbone
+        self.weights = run.weights
         self.sentences = {}                             # language -> (ids, labels)
         self.runs = []
-        self.add(run)
+        self.adapted = []
+        self.take(run)
 
-    def fits(self, run):
-        """Whether the run belongs here."""
-        parallel = all(self.sentences.get(language, own) == own
-                       for language, own in run.sentences.items())
-        return parallel and run.weights == self.runs[0].weights
-
-    def add(self, run):
-        """Add a run that fits."""
-        self.sentences = run.sentences = run.sentences | self.sentences     # each is kept once
-        run.source = self.name_sources(run.sources)
-        run.label = f"{run.method}-{run.source}"
-        self.runs.append(run)
-
-    def name_sources(self, sources):
-        """The name of the group that holds just these languages, or else their codes."""
-        for name in self.config["groups"]:
-            if set(resolve_group(self.config, name)) == set(sources):
-                return name
-        return "+".join(sources)
+    def take(self, run):
+        """Add the run if it belongs here -> whether it does."""
+        sentences = run.sentences | self.sentences
+        if run.weights != self.weights or sentences != self.sentences | run.sentences:
+            return False
+        self.sentences = sentences
+        run.sentences = sentences                       # each is kept once
+        run.source = "+".join(run.sources)
+        for group in self.config["groups"]:
+            if set(resolve_group(self.config, group)) == set(run.sources):
+                run.source = group
+                break
+        run.label = f"{run.method}-{run.source}"        # as folders are called: xpe-joshi5
+        runs = self.adapted if run.adapted_to else self.runs
+        runs.append(run)
+        return True
 
     def pick(self, name):
-        """The runs of a method, given as xpe or xpe-joshi5; none if several methods fit."""
-        picked = [run for run in self.runs
-                  if not run.adapted_to and name in (run.method, run.label)]
-        return picked if len({run.label for run in picked}) == 1 else []
-
-    def title(self):
-        """What identifies backbone and corpus."""
-        corpus = Path(self.config["data"]["name"]).name
-        sentences = fingerprint(self.sentences.items())[:8]
-        return f"{self.runs[0].backbone} on {corpus} {sentences}"
+        """{seed: run} of a method, given as xpe or xpe-joshi5; {} unless exactly one has the name.
+        """
+        picked = {}
+        for run in self.runs:
+            if name in (run.method, run.label):
+                picked.setdefault(run.label, {})[run.seed] = run
+        return picked.popitem()[1] if len(picked) == 1 else {}
 
 
 def read_studies(arguments, split, leave_out, notes):
@@ -168,14 +139,11 @@ def read_studies(arguments, split, leave_out, notes):
     """
     studies = []
     for argument in arguments:
-        folder = Path(argument).expanduser().resolve()
+        folder = Path(argument).resolve()
         try:
             with reading(folder):
                 run = ScoredRun(folder, split, leave_out)
-            fitting = [study for study in studies if study.fits(run)]
-            if fitting:
-                fitting[0].add(run)
-            else:
+            if not any(study.take(run) for study in studies):
                 studies.append(Study(run))
         except (ValueError, OSError) as error:
             notes.append(f"left out: {error}")
@@ -190,24 +158,21 @@ def read_studies(arguments, split, leave_out, notes):
 # ---- Means over seeds ----------------------------------------------------------------------------
 
 def add_figures(study, notes):
-    """Give each run what the tables average: .figures, {column: percent}, and .partial,
-    {"<column> languages": of how many languages that is the mean, where it lacks some}.
+    """Fill in what the tables average: .figures of each run, {column: percent}, and .partial,
+    {"<column> languages": of how many languages it is the mean, where the run lacks some}.
 
-    That is its mean over each group of languages or, of an adapted run, its accuracy before and
+    A figure is the mean over a group of languages or, of an adapted run, its accuracy before and
     after; without one of these it has no figures.
     """
-    scores_of_run = {run.folder.name: run.scores for run in study.runs if not run.adapted_to}
     for run in study.runs:
-        run.figures = {}
-        run.partial = {}
-        if not run.adapted_to:
-            means = group_means(run.scores, study.config, run.sources)
-            for title, (mean, scored, _) in means.items():
-                run.figures[title] = np.nan if mean is None else mean
-                size = len(study.targets.get(title, run.sources))
-                if 0 < scored < size:
-                    run.partial[f"{title} languages"] = f"{scored} of {size}"
-            continue
+        means = group_means(run.scores, study.config, run.sources)
+        for title, (mean, scored, _) in means.items():
+            run.figures[title] = np.nan if mean is None else mean
+            size = len(study.targets.get(title, run.sources))
+            if 0 < scored < size:
+                run.partial[f"{title} languages"] = f"{scored} of {size}"
+    scores_of_run = {run.folder.name: run.scores for run in study.runs}
+    for run in study.adapted:
         try:
             before = scores_of_run[run.adapted_from][run.adapted_to]
             after = run.scores[run.adapted_to]
@@ -245,29 +210,28 @@ def average_over_seeds(same_method):
 def average_methods(runs, notes):
     """Runs -> one line of a table for each method and source group.
 
-    Notes the seeds (and adapted languages) that other methods on the same sources have, and the
-    settings in which runs that are averaged differ. Raises ValueError for a seed that occurs twice.
+    Notes the seeds (and adapted languages) that other lines have, and the settings in which runs
+    that are averaged differ. Raises ValueError for a seed that occurs twice.
     """
-    methods = {}
+    expected = {f"{run.seed} {other.adapted_to}".strip() for run in runs for other in runs}
+    methods = {}                                        # label -> {seed and language: run}
     for run in sorted(runs, key=lambda run: (run.source, run.rank, run.method)):
-        methods.setdefault(run.label, []).append(run)
+        same_method = methods.setdefault(run.label, {})
+        case = f"{run.seed} {run.adapted_to}".strip()
+        check(case not in same_method, f"{run.folder}: {run.label} has seed {case} twice")
+        same_method[case] = run
     lines = []
     for label, same_method in methods.items():
-        present = {f"{run.seed} {run.adapted_to}".strip() for run in same_method}
-        folders = ", ".join(str(run.folder) for run in same_method)
-        check(len(present) == len(same_method), f"{label}: a seed occurs twice in {folders}")
-        peers = [run for run in runs if run.source == same_method[0].source]
-        expected = {f"{run.seed} {other.adapted_to}".strip() for run in peers for other in peers}
-        missing = sorted(expected - present)
+        missing = ", ".join(sorted(expected - same_method.keys()))
         if missing:
-            notes.append(f"{label}: missing although other runs have them: seeds "
-                         f"{', '.join(missing)}")
-        recipes = [run.recipe for run in same_method]
-        mixed = set.union(*recipes) - set.intersection(*recipes)
-        if mixed:
-            notes.append(f"{label}: averaged, although its runs differ: "
-                         f"{', '.join(sorted(mixed))}")
-        lines.append(average_over_seeds(same_method))
+            notes.append(f"{label}: missing although other runs have them: seeds {missing}")
+        first, *others = same_method.values()
+        for run in others:
+            changed = differences(first.settings, run.settings, NO_RECIPE)
+            if changed:
+                notes.append(f"{label}: {run.folder.name} is averaged with {first.folder.name}, "
+                             f"although {changed}")
+        lines.append(average_over_seeds([first, *others]))
     return lines
 
 
@@ -275,7 +239,7 @@ def average_methods(runs, notes):
 
 ENOUGH_SEEDS = 5                        # with fewer the report says what an interval leaves out
 LEVEL = 0.05                            # of tests; intervals are 95 % ones
-ANGLES = np.linspace(0, np.pi / 2, 4_001)               # grid of the integral in student_tail
+ANGLES = np.linspace(0, np.pi / 2, 4_001)               # grid of the integral in t_test
 
 
 def average_languages(runs, languages):
@@ -341,162 +305,127 @@ def estimate_difference(a, b):
     return mean, error, square ** 2 / uncertainty
 
 
-def student_tail(freedom):
-    """For t = sqrt(freedom) tan(ANGLES): the two-sided p-values of Student's t, from 1 to 0.
+def t_test(mean, error, freedom):
+    """A - B as a table's columns: the difference, its 95 % interval, and the two-sided p-value of
+    Student's t, if the truth is zero.
 
-    In the angle its density is cos^(freedom - 1); the integral up to each angle is a sum of
-    trapezoids. (numpy has no t distribution.)
+    With t = sqrt(freedom) tan(angle) the density is cos^(freedom - 1); the integral up to each
+    angle of the grid is a sum of trapezoids. (numpy has no t distribution.)
     """
     density = np.cos(ANGLES) ** (freedom - 1)
     area = np.append(0, np.cumsum(density[1:] + density[:-1]))
-    return 1 - area / area[-1]
-
-
-def t_test(mean, error, freedom):
-    """The two-sided p-value of a mean with this standard error, if the truth is zero."""
+    p_values = 1 - area / area[-1]                              # of ANGLES, from 1 to 0
     angle = np.arctan(abs(mean) / error / np.sqrt(freedom))
-    return np.interp(angle, ANGLES, student_tail(freedom))
+    p = np.interp(angle, ANGLES, p_values)
+    critical_angle = np.interp(-LEVEL, -p_values, ANGLES)
+    reach = np.sqrt(freedom) * np.tan(critical_angle) * error
+    return {"A - B": mean, "low": mean - reach, "high": mean + reach, "p": p}
 
 
-def interval(mean, error, freedom):
-    """A - B as a table's columns: the difference and the ends of its 95 % interval."""
-    angle = np.interp(-LEVEL, -student_tail(freedom), ANGLES)
-    reach = np.sqrt(freedom) * np.tan(angle) * error
-    return {"A - B": mean, "low": mean - reach, "high": mean + reach}
+def mark_significant(lines):
+    """Replace each p in lines (dicts) by Holm's adjusted one, and note those that are significant
+    together at 0.05 -> how many lines have a p."""
+    tested = [line for line in lines if not np.isnan(line["p"])]
+    tested.sort(key=lambda line: line["p"])
+    largest = 0.0
+    for place, line in enumerate(tested):
+        largest = max(largest, line["p"] * (len(tested) - place))
+        line["p"] = min(1.0, largest)
+        if line["p"] <= LEVEL:
+            line["note"] = "significant"
+    return len(tested)
 
 
-def holm(p_values):
-    """Holm's adjusted p-values: those up to 0.05 are significant together at 0.05."""
-    order = np.argsort(p_values)
-    adjusted = np.sort(p_values) * np.arange(len(p_values), 0, -1)
-    in_given_order = np.empty(len(p_values))
-    in_given_order[order] = np.minimum(1.0, np.maximum.accumulate(adjusted))
-    return in_given_order
-
-
-class Comparison:
-    """Methods A and B of a study, on the seeds and languages that both have.
-
-    .members: {title: languages} of the sources of both and the target groups. .groups: a line
-    (dict) for each: accuracy of A and B, difference, interval, p of a t test. .languages: the same
-    for each language, the largest gain first, with the p of all targets adjusted together by Holm;
-    note is "source", "significant" or "". p is NaN where nothing varies, for sources, and with one
-    seed: see seed_remarks.
+def contrast(runs_a, runs_b, languages):
+    """A against B over some languages, S runs each -> columns of a table. With one seed p is NaN.
     """
-
-    def __init__(self, study, names):
-        self.names = names
-        runs_a, runs_b = [{run.seed: run for run in study.pick(name)} for name in names]
-        seeds = sorted(runs_a.keys() & runs_b.keys())
-        check(seeds, "--compare: the two have no seed in common")
-        self.seeds = len(seeds)
-        self.a = [runs_a[seed] for seed in seeds]
-        self.b = [runs_b[seed] for seed in seeds]
-        paired = self.a + self.b
-        shared = set.intersection(*(set(run.hits) for run in paired))
-        sources = set().union(*(run.sources for run in paired))
-        of_both = set.intersection(*(set(run.sources) for run in paired))
-        self.members = {"Sources": of_both}
-        for title, codes in study.targets.items():
-            self.members[title] = set(codes) - sources
-        self.groups = []
-        for title, codes in self.members.items():
-            self.members[title] = codes = sorted(codes & shared)
-            if codes:
-                line = {"group": title, "languages": len(codes), **self.contrast(codes)}
-                self.groups.append(line)
-
-        self.languages = []
-        for language in sorted(shared):
-            line = {"language": language, **self.contrast([language]), "note": ""}
-            if language in sources:
-                line.update(p=np.nan, note="source")
-            self.languages.append(line)
-        self.languages.sort(key=lambda line: -round(line["A - B"], 6))
-        tested = [line for line in self.languages if not np.isnan(line["p"])]
-        self.tested = len(tested)
-        p_values = [line["p"] for line in tested]
-        for line, p in zip(tested, holm(p_values)):
-            line["p"] = p
-            if p <= LEVEL:
-                line["note"] = "significant"
-        self.significant = [line for line in tested if line["note"]]
-
-    def contrast(self, languages):
-        """A against B over some languages -> columns of a table."""
-        a = average_languages(self.a, languages)
-        b = average_languages(self.b, languages)
-        estimate = estimate_difference(a, b)
-        p = t_test(*estimate) if self.seeds > 1 else np.nan
-        ends = interval(*estimate)
-        return {"A": a.mean(), "B": b.mean(), **ends, "p": p}
-
-    def table(self):
-        """A beside B over the groups; below it how many target languages each of them wins, which
-        of these are significant, and what the intervals leave out."""
-        gains = [line["A - B"] for line in self.languages if line["note"] != "source"]
-        won = sum(gain > 1e-9 for gain in gains)
-        lost = sum(gain < -1e-9 for gain in gains)
-        significant = []
-        for line in self.significant:
-            significant.append(f"{line['language']} {line['A - B']:+.1f}")
-        names = ", ".join(significant) or "none"
-        remarks = [f"Target languages: {won} won, {lost} lost; significant (t test over seeds and "
-                   f"paired sentences, by Holm over {self.tested} languages): {names}."]
-        if any(np.isnan(line["low"]) for line in self.groups + self.languages):
-            remarks.append("Where nothing varies between seeds or sentences there is no interval "
-                           "and no test.")
-        remarks += seed_remarks(self.seeds)
-        a, b = self.names
-        columns = {"group": "group", "languages": "languages", "A": a, "B": b}
-        columns.update({"A - B": f"{a} - {b}", "low": "95 % from", "high": "to"})
-        title = f"{a} against {b}: accuracy in percent, {self.seeds} seeds each"
-        return Table(title, columns, self.groups, tuple(remarks))
+    a = average_languages(runs_a, languages)
+    b = average_languages(runs_b, languages)
+    columns = t_test(*estimate_difference(a, b))
+    if len(a) == 1:
+        columns["p"] = np.nan
+    return {"A": a.mean(), "B": b.mean(), **columns}
 
 
-def seed_remarks(seeds):
-    """What an interval of few seeds does not say (tests/false_alarms.py has the rates)."""
-    if seeds >= ENOUGH_SEEDS:
-        return []
+Comparison = namedtuple("Comparison", "names seeds members groups languages tested")
+
+
+def compare(study, names):
+    """Methods A and B of a study, on the seeds and languages that both have -> Comparison.
+
+    .seeds: how many; .members: {title: languages} of the sources of both and the target groups.
+    .groups: a line (dict) for each: accuracy of A and B, difference, interval, p of a t test.
+    .languages: the same for each language, the largest gain first, with the p of all targets
+    (.tested: how many) adjusted together; note is "source", "significant" or "". p is NaN where
+    nothing varies, for sources, and with one seed.
+    """
+    runs_a, runs_b = [study.pick(name) for name in names]
+    seeds = sorted(runs_a.keys() & runs_b.keys())
+    check(seeds, "--compare: the two have no seed in common")
+    a = [runs_a[seed] for seed in seeds]
+    b = [runs_b[seed] for seed in seeds]
+    shared = set(study.sentences)
+    for run in a + b:
+        shared &= run.hits.keys()
+    sources = set(a[0].sources + b[0].sources)
+    members = {"Sources": shared.intersection(a[0].sources, b[0].sources)}
+    for title, codes in study.targets.items():
+        members[title] = shared.intersection(codes) - sources
+    groups = []
+    for title, codes in members.items():
+        if codes:
+            columns = contrast(a, b, sorted(codes))
+            groups.append({"group": title, "languages": len(codes), **columns})
+
+    languages = []
+    for language in sorted(shared):
+        line = {"language": language, **contrast(a, b, [language]), "note": ""}
+        if language in sources:
+            line.update(p=np.nan, note="source")
+        languages.append(line)
+    languages.sort(key=lambda line: -round(line["A - B"], 6))
+    tested = mark_significant(languages)
+    return Comparison(names, len(seeds), members, groups, languages, tested)
+
+
+def comparison_table(comparison):
+    """A beside B over the groups; below it how many target languages each of them wins, which of
+    these are significant, and what the intervals leave out (tests/false_alarms.py) -> Table."""
+    a, b = comparison.names
+    seeds = comparison.seeds
+    won = 0
+    lost = 0
+    significant = []
+    for line in comparison.languages:
+        gain = line["A - B"]
+        if line["note"] != "source":
+            won += gain > 1e-9
+            lost += gain < -1e-9
+        if line["note"] == "significant":
+            significant.append(f"{line['language']} {gain:+.1f}")
+    names = ", ".join(significant) or "none"
+    remarks = [f"Target languages: {won} won, {lost} lost; significant (t test over seeds and "
+               f"paired sentences, by Holm over {comparison.tested} languages): {names}."]
     if seeds == 1:
-        return ["One seed: this compares two runs, not two methods. The intervals cover the choice "
-                "of test sentences alone; of two equal methods they call one better in about a "
-                "third of all cases, because runs of one method differ, too."]
-    return [f"{seeds} seeds: how much runs differ by chance is guessed from {seeds} runs of each "
-            f"method. The intervals allow for that as far as runs differ like draws from a normal "
-            f"distribution; they do not cover a rare bad (or good) run that {seeds} seeds have not "
-            f"met. The paper has ten."]
-
-
-def find_study(studies, names):
-    """The one study that has both methods of --compare; ValueError if none or several have."""
-    fitting = [study for study in studies if all(study.pick(name) for name in names)]
-    known = sorted({run.label for study in studies for run in study.runs})
-    check(len(fitting) == 1, f"--compare {' '.join(names)}: must be two methods of exactly one "
-                             f"backbone and corpus; there are {', '.join(known)}")
-    return fitting[0]
+        remarks.append("One seed: this compares two runs, not two methods. The intervals cover the "
+                       "choice of test sentences alone; of two equal methods they call one better "
+                       "in about a third of all cases, because runs of one method differ, too.")
+    elif seeds < ENOUGH_SEEDS:
+        remarks.append(f"{seeds} seeds are few: the intervals allow for chance between runs as far "
+                       "as runs differ like draws from a normal distribution, not for a rare bad "
+                       "(or good) run that these seeds have not met. The paper has ten.")
+    columns = {"group": "group", "languages": "languages", "A": a, "B": b,
+               "A - B": f"{a} - {b}", "low": "95 % from", "high": "to"}
+    title = f"{a} against {b}: accuracy in percent, {seeds} seeds each"
+    return Table(title, columns, comparison.groups, remarks)
 
 
 # ---- Tables: Markdown that is aligned in a terminal, too -----------------------------------------
 
 TEXT_COLUMNS = ("method", "source", "languages adapted to", "group")
 SIGNED_COLUMNS = ("A - B", "low", "high")
-
-
-@dataclass
-class Table:
-    """A title, and lines (dicts); columns: {key in the lines: heading}; remarks stand below it."""
-    title: str
-    columns: dict
-    lines: list
-    remarks: tuple = ()
-
-    def cells(self):
-        """The headings, then the lines, as lists of text."""
-        rows = [list(self.columns.values())]
-        for line in self.lines:
-            rows.append([format_cell(line, key) for key in self.columns])
-        return rows
+# lines: dicts; columns: {key in the lines: heading}; remarks stand below the table
+Table = namedtuple("Table", "title columns lines remarks", defaults=[()])
 
 
 def format_cell(line, key):
@@ -510,8 +439,8 @@ def format_cell(line, key):
         return "-"
     if isinstance(value, int):
         return f"{value:,}"
-    if not isinstance(value, float):
-        return str(value)
+    if isinstance(value, str):
+        return value
     if key in SIGNED_COLUMNS:
         return f"{value:+.2f}"
     text = f"{value:.1f}"
@@ -523,24 +452,23 @@ def format_cell(line, key):
 
 
 def format_tables(tables):
-    """Text of all tables; those with the same headings get the same widths. Text stands to the
-    left, numbers to the right."""
+    """Text of all tables; a column is equally wide in all of them. Text stands to the left, numbers
+    to the right."""
     parts = []
+    lines = []
     for table in tables:
-        rows = []
-        for other in tables:
-            if other.columns == table.columns:
-                rows += other.cells()
-        widths = [max(3, *map(len, column)) for column in zip(*rows)]
-        pads = [str.ljust if heading in TEXT_COLUMNS else str.rjust
-                for heading in table.columns.values()]
-        headings, *rows = table.cells()
-        rules = [pad(":", width, "-") for pad, width in zip(pads, widths)]
-        lines = []
-        for cells in (headings, rules, *rows):
-            padded = [pad(cell, width) for pad, cell, width in zip(pads, cells, widths)]
-            lines.append(f"| {' | '.join(padded)} |")
-        parts += [table.title, "\n".join(lines), *table.remarks]
+        lines += table.lines
+    for table in tables:
+        columns = []
+        for key, heading in table.columns.items():
+            lengths = [len(format_cell(line, key)) for line in lines]
+            width = max(3, len(heading), *lengths)
+            pad = str.ljust if heading in TEXT_COLUMNS else str.rjust
+            cells = [heading, pad(":", width, "-")]
+            cells += [format_cell(line, key) for line in table.lines]
+            columns.append([pad(cell, width) for cell in cells])
+        rows = [f"| {' | '.join(cells)} |" for cells in zip(*columns)]
+        parts += [table.title, "\n".join(rows), *table.remarks]
     return "\n\n".join(parts)
 
 
@@ -548,135 +476,130 @@ def study_tables(study, split, notes):
     """Means of a study's methods, the published ones where the targets are the paper's groups, and
     what adaptation gave -> list of Table."""
     add_figures(study, notes)
-    direct = [run for run in study.runs if not run.adapted_to]
-    adapted = [run for run in study.runs if run.adapted_to and run.figures]
-    lines_of = {}
-    if direct:
-        title = f"Accuracy in percent ({split}, {study.title()}), mean ± standard deviation"
-        lines_of[f"{title} over seeds"] = average_methods(direct, notes)
-    titles = {str(names): title for title, names in study.config["targets"].items()}
-    if "low_performing" in titles:
-        lines_of.update(published_tables(titles))
-    columns = ["method", "source", "seeds", "trainable", "Sources", *study.targets]
-    tables = []
-    for title, lines in lines_of.items():
-        tables.append(Table(title, dict(zip(columns, columns)), lines))
+    names = ["method", "source", "seeds", "trainable", "Sources", *study.targets]
+    columns = {name: name for name in names}
+    corpus = Path(study.config["data"]["name"]).name
+    sentences = fingerprint(study.sentences.items())[:8]
+    title = (f"Accuracy in percent ({split}, {study.backbone} {study.weights[:8]} on {corpus} "
+             f"{sentences}), mean ± standard deviation over seeds")
+    tables = [Table(title, columns, average_methods(study.runs, notes))]
+    shown_as = dict(columns)                            # column of published.csv -> ours
+    for title, group in study.config["targets"].items():
+        shown_as[str(group)] = title
+    if "low_performing" in shown_as:
+        published = {}
+        for line in read_csv(HERE / "published.csv"):
+            shown = {name: line.get(key) for key, name in shown_as.items()}
+            published.setdefault(line["table"], []).append(shown)
+        for title, lines in published.items():
+            tables.append(Table(title, columns, lines))
+    adapted = [run for run in study.adapted if run.figures]
     if adapted:
-        columns = ["method", "source", "seeds", "languages adapted to", "before", "after", "gain"]
+        names = ["method", "source", "seeds", "languages adapted to", "before", "after", "gain"]
+        columns = {name: name for name in names}
         title = "Adapted to a target language: accuracy in percent, mean ± deviation over seeds"
-        lines = average_methods(adapted, notes)
-        tables.append(Table(title, dict(zip(columns, columns)), lines))
+        tables.append(Table(title, columns, average_methods(adapted, notes)))
     return tables
 
 
-# ---- Pictures ------------------------------------------------------------------------------------
+# ---- The picture --------------------------------------------------------------------------------
 
 # Grey for the sources, then Okabe and Ito's colours, told apart by the colour-blind, too
 COLOURS = ("#8c8c8c", "#d55e00", "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9")
 FREQUENT = 7                            # families or scripts with a strip of their own
-NAMES_IN_COLUMN = 52                    # languages of one column of the long picture
 STYLE = {"font.size": 7, "axes.titlesize": 7, "figure.titlesize": 8, "lines.markersize": 4,
          "axes.grid": True, "axes.grid.axis": "x", "grid.alpha": 0.25, "axes.axisbelow": True,
          "axes.spines.top": False, "axes.spines.left": False, "axes.spines.right": False,
          "ytick.major.size": 0, "legend.frameon": False}
 
 
-class Picture:
-    """What the two pictures of a comparison share.
-
-    .languages and .gains, the largest first; .colours of the languages: that of the first group
-    that holds it; .group_colours; .legend; .names and .families of the languages.
-    """
-
-    def __init__(self, comparison):
-        from matplotlib.patches import Patch
-        self.comparison = comparison
-        self.languages = [line["language"] for line in comparison.languages]
-        self.gains = np.array([line["A - B"] for line in comparison.languages])
-        self.label = "accuracy of {} minus {} (points)".format(*comparison.names)
-        self.intervals = f"95 % intervals (seeds: {comparison.seeds})"
-        facts = {line["code"]: line for line in read_csv(HERE / "baselines.csv")}
-        self.names = []
-        self.families = []
-        for language in self.languages:
-            known = facts.get(language, {"name": "", "family": "unknown"})
-            self.names.append(f"{known['name']} {language}")
-            self.families.append(known["family"])
-        self.group_colours = []
-        self.legend = []
-        of_language = {}
-        groups = {**comparison.members, "all languages": self.languages}
-        for colour, (title, codes) in zip(cycle(COLOURS), groups.items()):
-            own = [code for code in codes if code not in of_language]
-            of_language.update(dict.fromkeys(own, colour))
-            if codes:                                   # black: all have other groups' colours
-                self.group_colours.append(colour if own else "black")
-            if own:
-                others = ", the others" if len(own) < len(codes) else ""
-                self.legend.append(Patch(color=colour, label=f"{title}{others} ({len(own)})"))
-        self.colours = np.array([of_language[language] for language in self.languages])
-
-    def draw_strips(self, axes, values, title):
-        """A row for each frequent value, the largest mean gain on top: a dot for each language,
-        spread a little up and down, and a stroke for their mean. values: one for each language."""
-        frequent = dict(Counter(values).most_common(FREQUENT))
-        values = np.array([value if value in frequent else "others" for value in values])
-        counts = Counter(values)
-        order = sorted(counts, key=lambda value: -self.gains[values == value].mean())
-        names = [f"{value} ({counts[value]})" for value in order]
-        name_rows(axes, names, title)
-        spread = np.random.default_rng(0)               # the same picture each time
-        for height, value in enumerate(order):
-            chosen = values == value
-            gains = self.gains[chosen]
-            mean = gains.mean()
-            heights = height + spread.uniform(-0.28, 0.28, len(gains))
-            axes.plot([mean, mean], [height - 0.4, height + 0.4], color="black")
-            axes.scatter(gains, heights, s=3, c=self.colours[chosen], zorder=3)
-
-    def draw_overview(self):
-        """Groups with intervals, sorted gains, families and scripts, all on one axis -> Figure."""
+def plot(path, comparison):
+    """Write the picture of a comparison to `path`."""
+    with reading("--plot needs matplotlib"):
+        from matplotlib import style
         from matplotlib.figure import Figure
-        groups = self.comparison.groups
+    # "default": not what a user's own matplotlibrc says
+    with style.context(["default", STYLE]), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         figure = Figure((7.2, 6.2), layout="constrained")
-        heights = (len(groups) + 1, FREQUENT + 2, FREQUENT + 2)
-        panels = figure.subplot_mosaic("lg;lf;ls", sharex=True, height_ratios=heights)
-        axes_of_languages, axes_of_groups, axes_of_families, axes_of_scripts = panels.values()
+        draw(figure, comparison)
+        figure.savefig(path, dpi=150)
+    print(f"{path}: written")
+    if any("Glyph" in str(warning.message) for warning in caught):
+        warn("--plot: boxes stand for letters that the font lacks")
 
-        significant = self.comparison.significant
-        bars = []
-        for line, colour in zip(self.comparison.languages, self.colours):
-            pale = significant and line not in significant
-            bars.append((colour, 0.45 if pale else 1))
-        axes_of_languages.barh(range(len(bars)), self.gains, 0.9, color=bars)
-        title = f"{len(bars)} languages"
-        if significant:
-            title += ", the significant ones in full colour"
-        name_rows(axes_of_languages, [""] * len(bars), title)
 
-        names = [f"{line['group']} ({line['languages']})" for line in groups]
-        draw_intervals(axes_of_groups, groups, names, self.group_colours,
-                       f"groups, {self.intervals}")
-        self.draw_strips(axes_of_families, self.families, "families, with their means")
-        scripts = [language.rpartition("_")[2] for language in self.languages]
-        self.draw_strips(axes_of_scripts, scripts, "scripts, with their means")
-        figure.suptitle(self.label)
-        return figure
+def draw(figure, comparison):
+    """Draw groups with intervals, sorted gains, families and scripts, all on one axis.
 
-    def draw_languages(self):
-        """Every language with its name, gain and interval, in columns on one axis -> Figure."""
-        from matplotlib.figure import Figure
-        columns = ceil(len(self.languages) / NAMES_IN_COLUMN)
-        rows = ceil(len(self.languages) / columns)
-        figure = Figure((1.2 + 3.3 * columns, 1.6 + 0.155 * rows), layout="constrained")
-        panels = figure.subplots(1, columns, sharex=True, squeeze=False)[0]
-        for column, axes in enumerate(panels):
-            part = slice(column * rows, (column + 1) * rows)
-            lines = self.comparison.languages[part]
-            draw_intervals(axes, lines, self.names[part], self.colours[part])
-            axes.set_ylim(rows - 0.4, -0.6)
-        figure.suptitle(f"{self.label}\n{self.intervals}, filled where significant")
-        return figure
+    A language has the colour of the first group that holds it; a group is black if earlier ones
+    hold all of its languages.
+    """
+    from matplotlib.patches import Patch
+    groups = comparison.groups
+    lines = comparison.languages
+    languages = [line["language"] for line in lines]
+    gains = np.array([line["A - B"] for line in lines])
+    heights = (len(groups) + 1, FREQUENT + 2, FREQUENT + 2)
+    panels = figure.subplot_mosaic("lg;lf;ls", sharex=True, height_ratios=heights)
+
+    members = {**comparison.members, "all languages": languages}
+    group_of = {}
+    for title, codes in members.items():
+        for code in codes:
+            group_of.setdefault(code, title)
+    colour_of = dict(zip(members, cycle(COLOURS)))
+    colours = np.array([colour_of[group_of[language]] for language in languages])
+    sizes = Counter(group_of.values())
+    legend = []
+    for title, size in sizes.items():
+        others = ", the others" if size < len(members[title]) else ""
+        legend.append(Patch(color=colour_of[title], label=f"{title}{others} ({size})"))
+    figure.legend(handles=legend, loc="outside lower center", ncols=4)
+
+    significant = [line["note"] == "significant" for line in lines]
+    title = f"{len(lines)} languages"
+    bars = colours
+    if any(significant):
+        title += ", the significant ones in full colour"
+        opacities = np.where(significant, 1, 0.45)
+        bars = list(zip(colours, opacities))
+    panels["l"].barh(range(len(lines)), gains, 0.9, color=bars)
+    name_rows(panels["l"], [""] * len(lines), title)
+
+    names = [f"{line['group']} ({line['languages']})" for line in groups]
+    name_rows(panels["g"], names, f"groups, 95 % intervals (seeds: {comparison.seeds})")
+    for height, line in enumerate(groups):
+        title = line["group"]
+        colour = colour_of[title] if title in sizes else "black"
+        panels["g"].plot([line["low"], line["high"]], [height, height], color=colour)
+        panels["g"].plot(line["A - B"], height, "o", color=colour)
+
+    family_of = {line["code"]: line["family"] for line in read_csv(HERE / "baselines.csv")}
+    families = [family_of.get(language, "unknown") for language in languages]
+    scripts = [language.rpartition("_")[2] for language in languages]
+    draw_strips(panels["f"], "families, with their means", families, gains, colours)
+    draw_strips(panels["s"], "scripts, with their means", scripts, gains, colours)
+    figure.suptitle("accuracy of {} minus {} (points)".format(*comparison.names))
+
+
+def draw_strips(axes, title, values, gains, colours):
+    """A row for each frequent value, the largest mean gain on top: a dot for each language, spread
+    a little up and down, and a stroke for their mean. values, gains, colours: one for each
+    language."""
+    frequent = dict(Counter(values).most_common(FREQUENT))
+    values = np.array([value if value in frequent else "others" for value in values])
+    counts = Counter(values)
+    order = sorted(counts, key=lambda value: -gains[values == value].mean())
+    names = [f"{value} ({counts[value]})" for value in order]
+    name_rows(axes, names, title)
+    spread = np.random.default_rng(0)                   # the same picture each time
+    for height, value in enumerate(order):
+        chosen = values == value
+        mean = gains[chosen].mean()
+        heights = height + spread.uniform(-0.28, 0.28, counts[value])
+        axes.plot([mean, mean], [height - 0.4, height + 0.4], color="black")
+        axes.scatter(gains[chosen], heights, s=3, c=colours[chosen], zorder=3)
 
 
 def name_rows(axes, names, title):
@@ -687,40 +610,15 @@ def name_rows(axes, names, title):
     axes.axvline(0, color="black", linewidth=0.8, zorder=0)
 
 
-def draw_intervals(axes, lines, names, colours, title=""):
-    """A dot and an interval for each line; hollow for a language that is not significant."""
-    name_rows(axes, names, title)
-    for height, (line, colour) in enumerate(zip(lines, colours)):
-        hollow = line.get("note") in ("", "source")
-        fill = "white" if hollow else colour
-        axes.plot([line["low"], line["high"]], [height, height], color=colour)
-        axes.plot(line["A - B"], height, "o", color=colour, markerfacecolor=fill)
-
-
-def plot(path, comparison):
-    """Write the overview to `path`, and the long version with all names beside it."""
-    from matplotlib import style
-    # "default": not what a user's own matplotlibrc says
-    with style.context(["default", STYLE]), warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        picture = Picture(comparison)
-        pictures = {"": picture.draw_overview(), "-languages": picture.draw_languages()}
-        for ending, figure in pictures.items():
-            columns = int(figure.get_figwidth() / 1.75)         # inches
-            figure.legend(handles=picture.legend, loc="outside lower center", ncols=columns)
-            name = path.with_stem(path.stem + ending)
-            form = path.suffix[1:]
-            write_atomically(name, lambda file: figure.savefig(file, format=form, dpi=150))
-            print(f"{name}: written")
-    letters = {}                                        # used as a set that keeps its order
-    for warning in caught:
-        for glyph in re.findall(r"Glyph (\d+)", str(warning.message)):
-            letters[chr(int(glyph))] = None
-    if letters:
-        warn(f"--plot: boxes stand for the letters that the font lacks: {''.join(letters)}")
-
-
 # ---- The command ---------------------------------------------------------------------------------
+
+OPTIONS = """
+--plot FILE  with --compare: the picture, gain.png, .pdf or .svg (needs matplotlib)
+--out DIR  write report.md and report.csv to this folder
+--split NAME  train, dev or test (default: test)
+--leave-out CODES  languages not to count, separated by commas: ars_Arab, say
+"""
+
 
 def write_report(folder, text, notes, tables):
     """Write report.md and report.csv, the same in full precision, to a folder."""
@@ -728,56 +626,53 @@ def write_report(folder, text, notes, tables):
     listed = "".join(f"* {note}\n" for note in notes)
     write_atomically(folder / "report.md", f"{text}\n\n{listed}".encode())
     lines = []
-    for table in tables:
-        lines += [{"table": table.title, **line} for line in table.lines]
     columns = {}                                        # used as a set that keeps its order
-    for line in lines:
-        columns.update(line)
-    fields = [[line.get(column) for column in columns] for line in lines]
+    for table in tables:
+        for line in table.lines:
+            line = {"table": table.title, **line}
+            lines.append(line)
+            columns.update(line)
+    fields = [map(line.get, columns) for line in lines]
     write_csv(folder / "report.csv", columns, fields)
     print(f"{folder}/report.md, report.csv: written")
 
 
 def main(argv=None):
     """Read the runs, print the tables, write what was asked for."""
-    parser = argparse.ArgumentParser(description="Tables and comparisons of scored run folders.")
-    add = parser.add_argument
-    add("runs", nargs="+", help="folders that evaluate.py scored")
-    add("--compare", nargs=2, help="methods: xpe spt, or xpe-joshi5 xpe-seen; is the first better?")
-    add("--plot", type=Path, help="with --compare: gain.png (.pdf, .svg) and gain-languages.png "
-        "(needs matplotlib)")
-    add("--out", type=Path, help="write report.md and report.csv to this folder")
-    add("--split", default="test", choices=SPLITS)
-    add("--leave-out", default="", help="languages not to count, separated by commas: ars_Arab, "
-        "say")
+    parser = make_parser("Tables and comparisons of scored run folders.", OPTIONS)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders that evaluate.py scored")
+    parser.add_argument("--compare", nargs=2, metavar=("A", "B"),
+                        help="methods: xpe spt, or xpe-joshi5 xpe-seen; is A better?")
+    parser.set_defaults(split="test", leave_out="")
     args = parser.parse_args(argv)
-    if args.plot:
-        check(args.compare, "--plot needs --compare A B: it shows the gain of A over B")
-        check(find_spec("matplotlib"), "--plot needs matplotlib: pip install matplotlib")
+    check(args.compare or not args.plot,
+          "--plot needs --compare A B: it shows the gain of A over B")
     notes = []
-    leave_out = re.findall(r"[^,\s]+", args.leave_out)
-    studies = read_studies(args.runs, args.split, leave_out, notes)
-    chosen = find_study(studies, args.compare) if args.compare else None
+    studies = read_studies(args.runs, args.split, split_commas(args.leave_out), notes)
     tables = []
-    comparison = None
+    comparisons = []
     for study in studies:
-        if any("ars_Arab" in run.scores and "arb_Arab" in run.sources for run in study.runs):
+        if any("ars_Arab" in run.hits and "arb_Arab" in run.sources for run in study.runs):
             notes.append("ars_Arab shares 138 of SIB-200's 204 test sentences with arb_Arab, a "
                          "source; --leave-out ars_Arab counts without it")
         tables += study_tables(study, args.split, notes)
-        if study is chosen:
-            comparison = Comparison(study, args.compare)
-            tables.append(comparison.table())
+        if args.compare and all(map(study.pick, args.compare)):
+            comparison = compare(study, args.compare)
+            comparisons.append(comparison)
+            tables.append(comparison_table(comparison))
     for note in notes:
         warn(note)
     text = format_tables(tables)
     print(text)
+    if args.compare:
+        check(len(comparisons) == 1,
+              "--compare: exactly one backbone and corpus must have both methods; name them as in "
+              "its table above, xpe, or with their source, xpe-joshi5")
+        tables.append(Table("languages", {}, comparison.languages))
     if args.out:
-        if comparison:
-            tables.append(Table("languages", {}, comparison.languages))
-        write_report(args.out.expanduser(), text, notes, tables)
+        write_report(Path(args.out).expanduser(), text, notes, tables)
     if args.plot:
-        plot(args.plot.expanduser(), comparison)
+        plot(Path(args.plot).expanduser(), comparison)
 
 
 if __name__ == "__main__":
