@@ -93,6 +93,11 @@ def tidy(name):
     return unicodedata.normalize("NFC", name.strip())
 
 
+def split_commas(text):
+    """'a, b' -> ['a', 'b']; None -> []."""
+    return [tidy(part) for part in (text or "").split(",") if part.strip()]
+
+
 def run_main(main):
     """Run a script's main: every error that a person can cause ends in one line and status 2."""
     for stream in (sys.stdout, sys.stderr):     # a letter that cannot be shown must not end it
@@ -148,56 +153,44 @@ def read_text(path):
     return decode(Path(path).read_bytes(), path)
 
 
-def read_rows(path):
-    """Yield (line, fields) for each CSV row of a tab-separated file; `line` is where it begins.
-
-    SIB-200 was written by pandas: a field that holds a quote is quoted and its quotes are doubled
-    (7,688 of its sentences), so this is CSV, read strictly. In a file that was written without
-    quoting, a stray quote lets one field swallow the lines after it. No field of SIB-200 holds a
-    line break or a tab, so such a field is a ValueError. Empty lines are skipped.
-    """
-    csv.field_size_limit(1 << 30)       # Python's own limit would hide what a stray quote swallows
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter="\t", strict=True)
-    line = 1
-    try:
-        for fields in reader:
-            check(not re.search("[\t\r\n]", "".join(fields)),
-                  f"{path}:{line}: a field that begins here holds a line break or a tab: a stray "
-                  f"quote? (a field with a quote must be quoted, its quotes doubled)")
-            if fields:
-                yield line, fields
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise ValueError(f"{path}:{line}: {error} (an unclosed or stray quote?)") from None
-
-
 def read_tsv(path, labels=LABELS):
     """Read one split -> list of Sentence, texts exactly as in the file, blanks included.
 
-    Columns are found by name; without a column index_id, sentences are numbered. Anything that is
-    not clean is a ValueError with file and line.
+    Columns are found by name; without a column index_id, sentences are numbered. SIB-200 was
+    written by pandas: a field that holds a quote is quoted and its quotes are doubled (7,688 of its
+    sentences), so this is CSV, read strictly. In a file that was written without quoting, a stray
+    quote lets one field swallow the lines after it. No field of SIB-200 holds a line break or a
+    tab, so such a field is refused, like anything else that is not clean: ValueError with file and
+    line (of a row of several lines the last). Empty lines are skipped.
     """
-    rows = read_rows(path)
-    line, header = next(rows, (1, []))
-    check({"category", "text"}.issubset(header),
-          f"{path}:{line}: the header must name the columns category and text, it is {header[:6]}")
-
+    csv.field_size_limit(1 << 30)       # Python's own limit would hide what a stray quote swallows
+    text = io.StringIO(read_text(path), newline="")
+    rows = csv.DictReader(text, delimiter="\t", strict=True, restkey="more")
     sentences = []
     known_ids = set()
-    for line, fields in rows:
-        where = f"{path}:{line}"
-        check(len(fields) == len(header), f"{where}: {len(fields)} fields, not {len(header)}")
-        columns = dict(zip(header, fields))
-        label = tidy(columns["category"])
-        check(label in labels,
-              f"{where}: unknown category {label[:60]!r}, known are {shorten_list(labels)}; other "
-              f"labels go into a file labels.txt beside the languages, one on each line")
-        check(columns["text"].strip(), f"{where}: empty text")
-        index_id = columns.get("index_id", str(len(sentences)))
-        check(index_id not in known_ids, f"{where}: index_id {index_id!r} was already used")
-        known_ids.add(index_id)
-        sentences.append(Sentence(index_id, labels.index(label), columns["text"]))
-    check(sentences, f"{path}: no sentence in this split")
+    try:
+        columns = rows.fieldnames or []
+        check({"category", "text"}.issubset(columns),
+              f"the header must name the columns category and text, it is {columns[:6]}")
+        for row in rows:
+            check("more" not in row and None not in row.values(), f"must have {len(columns)} fields")
+            check(not re.search("[\t\r\n]", "".join(row.values())),
+                  "a field that ends here holds a line break or a tab: a stray quote? (a field with "
+                  "a quote must be quoted, its quotes doubled)")
+            label = tidy(row["category"])
+            check(label in labels, f"unknown category {label[:60]!r}, known are "
+                  f"{shorten_list(labels)}; other labels go into a file labels.txt beside the "
+                  f"languages, one on each line")
+            check(row["text"].strip(), "empty text")
+            index_id = row.get("index_id", str(len(sentences)))
+            check(index_id not in known_ids, f"index_id {index_id!r} was already used")
+            known_ids.add(index_id)
+            sentences.append(Sentence(index_id, labels.index(label), row["text"]))
+        check(sentences, "no sentence in this split")
+    except csv.Error as error:          # of the row that begins in the next line
+        raise ValueError(f"{path}:{rows.line_num + 1}: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}:{rows.line_num}: {error}") from None
     return sentences
 
 

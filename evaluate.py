@@ -31,7 +31,7 @@ import xpe
 from backbone import load_backbone, pick_device, pick_precision, place
 from config import dump_config, resolve_group, resolve_targets
 from data import (check, collate, decode, encode, fingerprint, make_parser,
-                  open_corpus, reading, run_main, shorten_list, tidy, token_batches, warn)
+                  open_corpus, reading, run_main, shorten_list, split_commas, token_batches, warn)
 from runs import (Run, method_name, read_json, read_tensors, save_prompt, write_atomically,
                   write_csv, write_json)
 
@@ -435,8 +435,7 @@ def main(argv=None):
     elif args.text is not None:
         classify(runs, args.text or read_stdin_texts(), device, args.amp)
     else:
-        codes = [tidy(code) for code in (args.languages or "").split(",") if code.strip()]
-        languages = resolve_group(runs[0].config, codes)
+        languages = resolve_group(runs[0].config, split_commas(args.languages))
         score_runs(runs, args.split, languages, device, args.amp, args.out, args.again)
     return 0
 

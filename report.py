@@ -26,8 +26,8 @@ import numpy as np
 
 from config import read_config, resolve_group, resolve_targets
 from data import (HERE, check, fingerprint, make_parser, nearest, read_text, reading, run_main,
-                  shorten_list, warn)
-from evaluate import group_means, split_commas
+                  shorten_list, split_commas, warn)
+from evaluate import group_means
 from runs import differences, method_name, read_json, why_no_run, write_atomically, write_csv
 
 KINDS = ("full", "head", "spt", "dual", "xpe")                  # their order in the tables
@@ -615,7 +615,7 @@ def name_rows(axes, names, title):
 OPTIONS = """
 --plot FILE  with --compare: the picture, gain.png, .pdf or .svg (needs matplotlib)
 --out DIR  write report.md and report.csv to this folder
---split NAME  train, dev or test (default: test)
+--split NAME=test  train, dev or test
 --leave-out CODES  languages not to count, separated by commas: ars_Arab, say
 """
 
@@ -643,7 +643,6 @@ def main(argv=None):
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders that evaluate.py scored")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"),
                         help="methods: xpe spt, or xpe-joshi5 xpe-seen; is A better?")
-    parser.set_defaults(split="test", leave_out="")
     args = parser.parse_args(argv)
     check(args.compare or not args.plot,
           "--plot needs --compare A B: it shows the gain of A over B")

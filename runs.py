@@ -149,13 +149,10 @@ def why_no_run(folder):
         if (folder / "prompt.safetensors").is_file():
             return None
         return "prompt.safetensors, the trained tensors, is missing; remove the folder to train it"
-    if (folder / DIVERGED).is_file():
-        return (folder / DIVERGED).read_text().strip()
     if (folder / "metrics.jsonl").is_file():
-        return "its training has not come to an end (`train.py ... --resume` goes on)"
-    if any(folder.glob("*/prompt.json")):
-        return f"holds runs, but is not one itself: name {folder}/*"
-    return "has no prompt.json: not a run"
+        unfinished = "its training has not come to an end (`train.py ... --resume` goes on)"
+        return outcome(folder) or unfinished
+    return "has no prompt.json: not a run (a folder of runs? name FOLDER/*)"
 
 
 # ---- A run in training ---------------------------------------------------------------------------

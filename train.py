@@ -40,7 +40,7 @@ import xpe
 from backbone import cheap_dropout, load_backbone, pick_device, pick_precision, place
 from config import dump_config, in_reach, read_config, resolve_group, resolve_targets
 from data import (check, collate, encode, find_leaks, fingerprint, length_batches, make_parser,
-                  nearest, open_corpus, reading, run_main, shorten_list, tidy, warn)
+                  nearest, open_corpus, reading, run_main, shorten_list, split_commas, warn)
 from evaluate import accuracy, majority, predict, score_runs
 from runs import (DIVERGED, Run, command_of, differences, method_name, open_log, outcome,
                   read_checkpoint, read_json, save_checkpoint, save_prompt, write_atomically)
@@ -515,7 +515,7 @@ def parse_arguments(argv):
           "--adapt needs its target languages: --group NAME or --languages CODES")
     args.out = Path(args.out).expanduser()
     if args.languages:
-        codes = [tidy(code) for code in args.languages.split(",")]
+        codes = split_commas(args.languages)
         args.group = "+".join(codes) if len(codes) < 4 else f"{len(codes)}-languages"
         args.set.insert(0, f"groups.{args.group}={json.dumps(codes)}")
     for name, value in (("train.steps", args.steps), ("prompt.ratio", args.ratio),

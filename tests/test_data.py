@@ -48,19 +48,19 @@ def test_texts_come_back_as_written(tmp_path, start, line_end):
 
 
 @pytest.mark.parametrize("content, message", [
-    ("", "test.tsv:1: the header must name the columns category and text, it is []"),
-    (HEAD, "test.tsv: no sentence in this split"),
+    ("", "test.tsv:0: the header must name the columns category and text, it is []"),
+    (HEAD, "test.tsv:1: no sentence in this split"),
     ("1\ttravel\ta\n", "test.tsv:1: the header must name the columns category and text, it is ['1'"),
     (GOOD + "3\ttravels\ta\n", "test.tsv:4: unknown category 'travels', known are science/tech"),
-    (GOOD + "3\ttravel\n", "test.tsv:4: 2 fields, not 3"),
+    (GOOD + "3\ttravel\n", "test.tsv:4: must have 3 fields"),
     (GOOD + "3\ttravel\t \u00a0\n", "test.tsv:4: empty text"),
     (GOOD + "\n2\ttravel\ta\n", "test.tsv:5: index_id '2' was already used"),
     (GOOD + "3\ttravel\t\udcff\n", "test.tsv:4: not valid UTF-8 (invalid start byte)"),
     ("\udcff\udcfei\0n\0", "test.tsv:1: not valid UTF-8"),
-    (GOOD + '3\ttravel\t"Yes\n4\ttravel\tno"\n', "test.tsv:4: a field that begins here holds a "),
+    (GOOD + '3\ttravel\t"Yes\n4\ttravel\tno"\n', "test.tsv:5: a field that ends here holds a "),
     (GOOD + '\n3\ttravel\t"Yes\n4\ttravel\tno\n', "test.tsv:5: unexpected end of data"),
-    (GOOD + '3\ttravel\t"Yes" he said\n', "test.tsv:4: ' ' expected after '\"' (an unclosed or st"),
-    (GOOD + '3\t"travel\tYes"\n', "test.tsv:4: a field that begins here holds a line break or a")])
+    (GOOD + '3\ttravel\t"Yes" he said\n', "test.tsv:4: ' ' expected after '\"'"),
+    (GOOD + '3\ttravel\t"a\tb"\n', "test.tsv:4: a field that ends here holds a line break or a")])
 def test_a_bad_file(tmp_path, content, message):
     """Catches: sentences that are skipped, or swallowed by a stray quote; an error that does not
     say where."""

@@ -282,7 +282,7 @@ def test_a_glob_over_a_folder_of_runs(one, tmp_path):
     for name, message in messages.items():
         assert message in err
         refused(f"{tmp_path}/{name}", message)
-    refused(f"{tmp_path}", "holds runs, but is not one itself")
+    refused(f"{tmp_path}", "has no prompt.json: not a run")
     refused(f"{tmp_path}/empty {tmp_path}/notes.txt", "none of the 2 RUN arguments is a run")
 
 

@@ -206,7 +206,7 @@ def test_each_backbone_and_corpus_has_its_own_report(tmp_path, tell):
     ("spt-s1 --plot gain.png", "--plot needs --compare"),
     ("nothing-*", r"no scored run; left out: .*nothing-\*: has no prompt.json"),
     ("spt-s2", "no test_predictions.csv; evaluate.py writes it"),
-    (".", "holds runs, but is not one itself"),
+    (".", "has no prompt.json: not a run"),
 ])
 def test_refusals_name_what_was_given(tmp_path, monkeypatch, arguments, message):
     """Would catch: a refusal that leaves the reader guessing."""
