@@ -42,16 +42,8 @@ def read_authors(folder):
     """
     path = Path(folder) / "adapter_config.json"
     config = read_json(path)
-    tensors_path = path.with_name("adapter_model.safetensors")
-    pickled = tensors_path.with_suffix(".bin")
-    check(tensors_path.is_file() or not pickled.is_file(),
-          f"{pickled}: a pickle file, which can run any code when it is opened, so it is not read. "
-          f"If you trust it, save its tensors with safetensors.torch.save_file(torch.load(..., "
-          f"weights_only=True), ...)")
-    saved = read_tensors(tensors_path)
+    saved = read_tensors(path.with_name("adapter_model.safetensors"))
     with reading(path):
-        check("encoder_ratio" in config,
-              f"a {config.get('peft_type')} adapter, not a prompt of the authors' toolkit")
         tensors = {}
         for name, tensor in saved.items():
             for theirs, ours in NAMES_OF_THE_AUTHORS.items():
@@ -113,8 +105,8 @@ def export_peft(folder, prompt, head, meta):
 
     peft has no place for label names, and transformers takes them from the backbone's config: so
     labels.json, a list in the order of the logits, is a file of its own. Raises ValueError for a
-    head that does not read the first prompt row, a backbone whose own head is not RoBERTa's, or a
-    folder that is not empty.
+    head that does not read the first prompt row or a backbone whose own head is not RoBERTa's,
+    FileExistsError for a folder that exists.
     """
     backbone = meta["backbone"]
     check(prompt is not None and meta["reads"] == "prompt",
@@ -127,8 +119,7 @@ def export_peft(folder, prompt, head, meta):
         name = str(locate(backbone)[0])
         revision = None
     folder = Path(folder).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    check(not any(folder.iterdir()), f"{folder}: not empty; name a new folder")
+    folder.mkdir(parents=True)
 
     tensors = {"prompt_embeddings": prompt.collapse().standard.data}    # (P, H)
     for key, tensor in head.state_dict().items():

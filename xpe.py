@@ -124,9 +124,9 @@ class SoftPrompt(nn.Module):
                  heads=8):
         super().__init__()
         check(0 <= ratio <= 1, f"prompt.ratio must be from 0 (SPT) to 1 (XPE), not {ratio}")
-        check(length >= 1, f"prompt.length must be at least 1, not {length}")
+        least = 1 if ratio in (0, 1) else 2     # DUAL has rows of both kinds
+        check(length >= least, f"prompt.length must be at least {least}, not {length}")
         check(1 <= layers <= 64, f"prompt.layers must be from 1 to 64, not {layers}")
-        check(ratio in (0, 1) or length > 1, "a DUAL prompt needs two rows or more (prompt.length)")
         hidden = hidden or max(1, width // 4)
         self.config = dict(width=width, length=length, ratio=ratio, encoder=encoder, hidden=hidden,
                            layers=layers, dropout=dropout, heads=heads)
@@ -221,7 +221,7 @@ class PromptedClassifier(nn.Module):
     the bare backbone, which full fine-tuning trains (with frozen=False). `reads` says what the head
     sees: `prompt` (paper: position 0, now the first prompt row and no longer `<s>`), `first` (the
     text's first token), `mean` (over the text's tokens), `last` (its last token, for decoders).
-    Raises ValueError for prompts and heads that do not fit the backbone or each other.
+    Raises ValueError for heads that do not fit the backbone.
     """
 
     def __init__(self, backbone, prompts, heads, reads="prompt", frozen=True):
@@ -232,17 +232,10 @@ class PromptedClassifier(nn.Module):
             heads = [heads]
         prompts = prompts or []
         check(reads in READS, f"prompt.reads {reads!r} must be one of {', '.join(READS)}")
-        check(len(prompts) in (0, len(heads)), f"{len(prompts)} prompts, but {len(heads)} heads")
-        check(len({prompt.length for prompt in prompts}) < 2,
-              "prompts that share a batch must be of equal length")
-        check(len({head.config["classes"] for head in heads}) < 2,
-              "heads that share a batch must have equally many classes")
-        embedding_width, hidden_width = widths(backbone)
-        for what, modules, width in (("prompt", prompts, embedding_width),
-                                     ("head", heads, hidden_width)):
-            for module in modules:
-                check(module.config["width"] == width,
-                      f"the {what} has width {module.config['width']}, the backbone {width}")
+        _, width = widths(backbone)
+        for head in heads:
+            check(head.config["width"] == width,
+                  f"the head has width {head.config['width']}, the backbone {width}")
         self.backbone = backbone
         self.prompts = nn.ModuleList(prompts)
         self.heads = nn.ModuleList(heads)
@@ -269,7 +262,6 @@ class PromptedClassifier(nn.Module):
                               f"each text uses")
             sizes = [B // K] * K
         else:
-            check(0 <= owner.min() and owner.max() < K, f"owner must be from 0 to {K - 1}")
             order = owner.argsort(stable=True)
             input_ids, attention_mask = input_ids[order], attention_mask[order]
             sizes = owner.bincount(minlength=K).tolist()
@@ -278,7 +270,8 @@ class PromptedClassifier(nn.Module):
         # embeddings, and its positions count from the first prompt row.
         x = self.backbone.get_input_embeddings()(input_ids)             # (B, T, H)
         if P:
-            blocks = [prompt(n) for prompt, n in zip(self.prompts, sizes) if n]
+            pairs = zip(self.prompts, sizes, strict=True)
+            blocks = [prompt(n) for prompt, n in pairs if n]
             x = torch.cat((torch.cat(blocks).to(x.dtype), x), dim=1)    # (B, P+T, H)
         prompt_mask = attention_mask.new_ones(B, P)
         mask = torch.cat((prompt_mask, attention_mask), dim=1)          # (B, P+T)
@@ -289,7 +282,8 @@ class PromptedClassifier(nn.Module):
         h = h.to(self.heads[0].dense.weight.dtype)
 
         # Each block through its own head, and back into the order of the batch.
-        blocks = [head(block) for head, block in zip(self.heads, h.split(sizes)) if len(block)]
+        pairs = zip(self.heads, h.split(sizes), strict=True)
+        blocks = [head(block) for head, block in pairs if len(block)]
         logits = torch.cat(blocks)                                      # (B, C)
         if owner is not None:
             logits = logits[order.argsort()]

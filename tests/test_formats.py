@@ -109,10 +109,10 @@ def test_folders_that_are_not_theirs(tmp_path):
     """Catches: code run that comes with a prompt; an unclear error for another adapter."""
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     (tmp_path / "adapter_model.bin").touch()
-    with pytest.raises(ValueError, match="adapter_model.bin: a pickle file"):
+    with pytest.raises(FileNotFoundError, match="adapter_model.safetensors"):
         formats.read_authors(tmp_path)
     save_file({}, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match="a LORA adapter, not a prompt of the authors' toolkit"):
+    with pytest.raises(ValueError, match="adapter_config.json: lacks 'encoder_ratio'"):
         formats.read_authors(tmp_path)
 
 
@@ -133,7 +133,9 @@ def test_stock_peft_loads_our_export(tmp_path, monkeypatch):
     formats.export_peft("hub", prompt, head, META | {"backbone": on_hub})
     assert read_json("hub/adapter_config.json")["revision"] == "c0ffee"
     close(load_file("hub/adapter_model.safetensors")["prompt_embeddings"], prompt(1)[0])
-    for changes, message in (({}, "not empty"), ({"reads": "mean"}, "head reads 'mean'"),
+    with pytest.raises(FileExistsError):
+        formats.export_peft(tmp_path, prompt, head, META)
+    for changes, message in (({"reads": "mean"}, "head reads 'mean'"),
                              ({"backbone": BACKBONE | {"type": "bert"}}, "into a bert model")):
         with pytest.raises(ValueError, match=message):
             formats.export_peft(tmp_path, prompt, head, META | changes)
