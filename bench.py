@@ -79,6 +79,7 @@ def read_job(size, options):
     job.device = pick_device(args.device)
     job.cfg["amp"] = pick_precision(job.cfg["amp"], job.device)
     job.quiet = True
+    job.arrived = []
     settings = job.config["backbone"]
     job.tokenizer = transformers.AutoTokenizer.from_pretrained(locate(settings)[0])
     job.pad_id = job.tokenizer.pad_token_id
@@ -106,8 +107,7 @@ def start_training(job, K, steps):
     """-> K learners about to train, which keep and write nothing; their model."""
     learners = []
     for seed in range(K):
-        learner = train.Learner("no folder", seed, job.languages, {"training": {}})
-        learner.task = job.task
+        learner = train.Learner("no folder", seed, job.task, {"training": {}})
         learner.record_evaluation = lambda *_: None
         learner.build(job, None, steps)
         learners.append(learner)
@@ -198,17 +198,16 @@ def measure(title, contenders, turns):
 # ---- The command ---------------------------------------------------------------------------------
 
 OPTIONS = """
---size NAME  tiny, small, base or large (default: tiny)
---learners LIST  K of ours, and toolkit, separated by commas (default: 1,3,10)
---steps N  K x steps of one turn (default: an epoch's)
---turns N  turns of each contender (default: 3)
+--size NAME=tiny  tiny, small, base or large
+--learners LIST=1,3,10  K of ours, and toolkit, separated by commas
+--steps N=999999  K x steps of one turn; an epoch's at most
+--turns N=3  turns of each contender
 """
 
 
 def main(argv=None):
     """Set up the contenders and let them run -> exit status."""
     parser = make_parser("Speed beside the bare backbone and the authors' toolkit.", OPTIONS)
-    parser.set_defaults(size="tiny", learners="1,3,10", steps="999999", turns="3")
     args, options = parser.parse_known_args(argv)
     steps = int(args.steps)
     turns = int(args.turns)
@@ -230,7 +229,7 @@ def main(argv=None):
     texts = [job.task.ids["train"][i] for i in indices]
 
     def evaluate():
-        predict(model, texts, job.pad_id, autocast=job.autocast)
+        predict(model, [texts], job.pad_id, autocast=job.autocast)
 
     evaluation = {"floor": make_floor(job, lengths, trains=False), "ours": (lengths, evaluate)}
     measure("evaluation", evaluation, turns)

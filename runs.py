@@ -212,9 +212,9 @@ def read_checkpoint(path):
         return state
 
 
-def differences(before, now):
+def differences(before, now, ignore=()):
     """Two dicts of settings -> "rate was 0.1, not 0.2; ..." for what is not equal."""
-    keys = [key for key in now if before.get(key, now[key]) != now[key]]
+    keys = [key for key in now if key not in ignore and before.get(key, now[key]) != now[key]]
     return "; ".join(f"{key} was {before[key]!r}, not {now[key]!r}" for key in keys)
 
 

@@ -231,7 +231,8 @@ class Learner:
 
     def check_settings(self, saved):
         """Raise ValueError if `saved` settings are not those of this run."""
-        changed = differences(saved, self.meta["training"]["settings"])
+        saves_memory = "learners_at_once", "tokens"         # may change on the way
+        changed = differences(saved, self.meta["training"]["settings"], saves_memory)
         check(not changed, f"{changed}: --resume goes on with the same settings only")
 
     def state_dict(self):
@@ -659,8 +660,6 @@ def make_learners(job, plans):
     """Read and tokenize the data of the planned runs -> list of Learner."""
     settings = {**job.cfg, "backbone": job.identity["fingerprint"], "reads": job.reads,
                 "source": job.source and job.source.fingerprint(), "max_length": job.max_length}
-    for name in ("learners_at_once", "tokens"):     # they save memory: --resume may change them
-        del settings[name]
     settings.update({f"prompt.{key}": value for key, value in job.prompt.items()})
     versions = {"python": platform.python_version(), "torch": torch.__version__,
                 "transformers": transformers.__version__}

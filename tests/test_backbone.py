@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from helpers import close, tiny, tiny_backbone, tiny_tokenizer
+from helpers import close, tiny, tiny_tokenizer
 from huggingface_hub import constants
 
 import backbone
