@@ -58,8 +58,7 @@ def first_position_only(backbone):
     try:
         config = backbone.config
         # a decoder's position 0 may not see what follows
-        known = config.model_type in LIKE_BERT and not config.is_decoder
-        if known and config._attn_implementation in ("eager", "sdpa"):
+        if config.model_type in LIKE_BERT and not config.is_decoder:
             shortened = replace_last_attention(backbone)
             if states_agree(backbone, shortened):
                 return shortened
@@ -85,12 +84,11 @@ def replace_last_attention(backbone):
 
 @torch.no_grad()
 def states_agree(backbone, shortened):
-    """Whether both give position 0 the same state, tried on random embeddings with padding."""
-    words = backbone.get_input_embeddings().weight
-    random = torch.randn(2, 6, words.shape[1], generator=torch.Generator().manual_seed(0))
+    """Whether both give position 0 the same state, tried on some words with padding."""
+    words = backbone.get_input_embeddings().weight[:12]
     mask = torch.ones(2, 6, device=words.device)
     mask[1, 3:] = 0
-    batch = {"inputs_embeds": random.to(words), "attention_mask": mask}
+    batch = {"inputs_embeds": words.unflatten(0, (2, 6)), "attention_mask": mask}
     whole = backbone.eval()(**batch)[0]
     short = shortened.eval()(**batch)[0]
     return torch.allclose(whole[:, :1], short, rtol=1e-3, atol=1e-3)
