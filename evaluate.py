@@ -134,8 +134,8 @@ class Classifier:
             path = first.folder / "backbone.safetensors"
             with reading(path):
                 backbone.load_state_dict(read_tensors(path))
-        prompts = [run.prompt.collapse() for run in runs if run.prompt is not None]
-        heads = [run.head for run in runs]
+        prompts = [run.prompt.collapse() for run in runs if run.prompt]
+        heads = [run.modules["head"] for run in runs]
         self.model = xpe.PromptedClassifier(backbone, prompts, heads, reads, frozen)
         self.autocast = place(self.model, device, self.precision,
                               first.config["train"]["frozen_weights"])
@@ -180,25 +180,14 @@ def load(run, device="auto", backbone=None, amp="auto"):
     return Classifier([Run(run, backbone)], pick_device(device), amp)
 
 
-def group_runs(runs):
-    """Runs -> lists of runs that can share one pass through the backbone, in order."""
-    groups = defaultdict(list)
-    for run in runs:
-        backbone = run.meta["backbone"]
-        # full fine-tuning has a backbone of its own
-        rows = run.prompt.length if run.prompt else run.folder
-        groups[backbone["name"], backbone["revision"], run.config["train"]["frozen_weights"], rows,
-               run.meta["reads"], run.meta["max_length"], str(run.meta["labels"])].append(run)
-    return list(groups.values())
-
-
 # ---- Scoring on a split --------------------------------------------------------------------------
 
 class Scores:
     """What a run answers on a split.
 
     .sentences: pairs (language, Sentence); .lines: those of <split>.csv, empty until `take` or
-    `read` fills them; .facts: what they were computed with; .folder: where they are kept, or None.
+    `read` fills them; .facts: what they were computed with; .folder: where they are kept, or None;
+    .told: what became of them, for the user.
     """
 
     def __init__(self, run, split, languages, out):
@@ -227,6 +216,7 @@ class Scores:
                       "data": fingerprint([sentence for _, sentence in self.sentences]),
                       "backbone": {"name": backbone["name"], "revision": backbone["revision"]}}
         self.lines = []
+        self.told = "not written: --out FOLDER keeps the scores"
 
     def read(self):
         """Take what an earlier call left, if its facts were the same. Raises ValueError where
@@ -240,6 +230,7 @@ class Scores:
                         f"names another folder, --again writes over them")
         if all(earlier.get(fact) == value for fact, value in self.facts.items()):
             self.lines = lines
+            self.told = f"{self.folder}: scored already; --again scores it again"
 
     def take(self, probabilities):
         """Compute the lines from the answers (n, C)."""
@@ -265,7 +256,7 @@ class Scores:
         path = self.folder / self.split
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.folder.resolve() != run.folder:
-            save_prompt(self.folder, run.prompt, run.head, run.meta)
+            save_prompt(self.folder, run.modules, run.meta)
             write_atomically(self.folder / "config.yaml", dump_config(run.config))
         names = run.meta["labels"]
         rows = []
@@ -282,6 +273,7 @@ class Scores:
         write_json(f"{path}.json", {            # last: then all three are there
             "run": run.name, "sources": run.sources, **self.facts, "groups": self.means(),
             "lines": self.lines})
+        self.told = f"{path}.csv, .json, _predictions.csv"
 
     def table(self, every_language=True):
         """The scores as text: means over groups, then every language, the best first."""
@@ -301,7 +293,21 @@ class Scores:
             for start in range(0, len(cells), 6):
                 text.append("  " + "   ".join(cells[start:start + 6]))
             text.append("  * source language")
+        text.append(f"  {self.told}")
         return "\n".join(text)
+
+
+def group_scores(scores):
+    """Scores -> lists of those whose runs can share one pass through the backbone, in order."""
+    groups = defaultdict(list)
+    for own in scores:
+        run = own.run
+        backbone = run.meta["backbone"]
+        # full fine-tuning has a backbone of its own
+        rows = run.prompt.length if run.prompt else run.folder
+        groups[backbone["name"], backbone["revision"], run.config["train"]["frozen_weights"], rows,
+               run.meta["reads"], run.meta["max_length"], str(run.meta["labels"])].append(own)
+    return groups.values()
 
 
 def score_runs(runs, split, languages, device, amp="auto", out=None, again=True):
@@ -310,38 +316,31 @@ def score_runs(runs, split, languages, device, amp="auto", out=None, again=True)
     languages: codes, by default all (of an adapted prompt its own). Files go to `out`/<name of the
     run>, by default to each run's own folder. If `languages` are given, or backbone or data are not
     the run's own, nothing is written unless `out` is given. again=False: a run with scores of the
-    same prompt, data and backbone is shown, not computed.
-    Raises, before anything is computed, ValueError where two runs would write to one folder and,
-    with again=False, where scores of other languages would be lost.
+    same prompt, data and backbone is shown, not computed. Raises, before anything is computed,
+    ValueError where two runs would write to one folder and, with again=False, where scores of other
+    languages would be lost.
     """
-    scores = {run: Scores(run, split, languages, out) for run in runs}
-    kept = [own for own in scores.values() if own.folder]
+    scores = [Scores(run, split, languages, out) for run in runs]
+    kept = [own for own in scores if own.folder]
     check(len({own.folder for own in kept}) == len(kept), "two runs would write to the same "
           "folder; score them separately, each with its own --out")
-    for own in [] if again else kept:
-        own.read()
-    to_compute = [run for run in runs if not scores[run].lines]
-    for group in group_runs(to_compute):
-        classifier = Classifier(group, device, amp)
-        texts = [[sentence.text for _, sentence in scores[run].sentences] for run in group]
-        for run, probabilities in zip(group, classifier.answer(texts)):
-            own = scores[run]
+    if not again:
+        for own in kept:
+            own.read()
+    for group in group_scores([own for own in scores if not own.lines]):
+        classifier = Classifier([own.run for own in group], device, amp)
+        texts = [[sentence.text for _, sentence in own.sentences] for own in group]
+        for own, probabilities in zip(group, classifier.answer(texts)):
             own.take(probabilities)
             own.facts.update(precision=classifier.precision, device=device.type)
-            run.meta["backbone"] = classifier.identity      # what the report reads
+            own.run.meta["backbone"] = classifier.identity      # what the report reads
             if own.folder:
                 own.write()
-    for run, own in scores.items():
+    for own in scores:
         print(own.table(every_language=len(runs) < 4))
-        told = "not written: --out FOLDER keeps the scores"
-        if own.folder and run in to_compute:
-            told = f"{own.folder}/{split}.csv, .json, _predictions.csv"
-        elif own.folder:
-            told = f"{own.folder}: scored already; --again scores it again"
-        print(f"  {told}")
     if len(runs) > 1:
-        print(method_table(scores.values()))
-    return list(scores.values())
+        print(method_table(scores))
+    return scores
 
 
 def method_table(scores):
@@ -430,7 +429,7 @@ def main(argv=None):
         form, folder = args.export
         check(form == "peft" and len(runs) == 1,
               "--export takes one RUN, the word peft and a new folder")
-        export_peft(folder, runs[0].prompt, runs[0].head, runs[0].meta)
+        export_peft(folder, runs[0].prompt, runs[0].modules["head"], runs[0].meta)
         print(f"{folder}: written for peft, with the names of the labels in {folder}/labels.json")
     elif args.text is not None:
         classify(runs, args.text or read_stdin_texts(), device, args.amp)

@@ -36,7 +36,7 @@ LIKE_ROBERTA = ("camembert", "roberta", "xlm-roberta", "xlm-roberta-xl")
 def read_authors(folder):
     """Read a prompt of the authors' release or of their toolkit, as `runs.load_prompt` reads ours.
 
-    -> (SoftPrompt, ClassificationHead, meta). The folder holds adapter_config.json and
+    -> (modules, meta). The folder holds adapter_config.json and
     adapter_model.safetensors. Their files do not name the labels: these become "0", "1", ...
     Raises FileNotFoundError for a missing file, ValueError with the path for anything else.
     """
@@ -54,8 +54,8 @@ def read_authors(folder):
         if config["encoder_ratio"] == 1 and "prompt.encoded" not in tensors:
             tensors["prompt.encoded"] = tensors.pop("prompt.standard")
         meta = meta_of_the_authors(config, tensors["head.out_proj.weight"])
-        prompt, head = restore_prompt(meta, tensors)
-    return prompt, head, meta
+        modules = restore_prompt(meta, tensors)
+    return modules, meta
 
 
 def meta_of_the_authors(config, out_proj):

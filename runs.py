@@ -6,8 +6,8 @@ its first line is the command), metrics.jsonl, backbone.safetensors (of full fin
 training checkpoint.pt, and after scoring test.csv, test.json and test_predictions.csv. A run that
 diverged before it had a prompt has diverged.txt instead.
 
-    run = Run("runs/xpe-joshi5-s11")        # .prompt, .head, .meta, .config: see Run
-    prompt, head, meta = load_prompt("runs/xpe-joshi5-s11")
+    run = Run("runs/xpe-joshi5-s11")        # .modules, .meta, .config: see Run
+    modules, meta = load_prompt("runs/xpe-joshi5-s11")
 
 Read downwards: files, a prompt on disk, a run in training, finding a run.
 """
@@ -87,21 +87,18 @@ def write_csv(path, columns, rows):
 
 # ---- A prompt on disk ----------------------------------------------------------------------------
 
-def save_prompt(folder, prompt, head, meta):
-    """Write a prompt (or None) and its head to a folder that exists; meta: see `load_prompt`."""
-    tensors = {}
-    for section, module in (("prompt", prompt), ("head", head)):
-        if module is not None:
-            for name, tensor in module.state_dict().items():
-                tensors[f"{section}.{name}"] = tensor.float().cpu().contiguous()
-    config = prompt.config if prompt is not None else None
+def save_prompt(folder, modules, meta):
+    """Write the modules of a run, "prompt" (unless it has none) and "head", to a folder that exists;
+    meta: see `load_prompt`."""
+    tensors = {name: tensor.float().cpu().contiguous()
+               for name, tensor in modules.state_dict().items()}
+    configs = {name: module.config for name, module in modules.items()}
     write_atomically(Path(folder) / "prompt.safetensors", save(tensors, {"format": "pt"}))
-    write_json(Path(folder) / "prompt.json",
-               dict(meta, format=FORMAT, head=head.config, prompt=config))
+    write_json(Path(folder) / "prompt.json", {"prompt": None, **meta, "format": FORMAT, **configs})
 
 
 def load_prompt(folder):
-    """Read what save_prompt wrote -> (SoftPrompt or None, ClassificationHead, meta).
+    """Read what save_prompt wrote -> (modules, an nn.ModuleDict; meta).
 
     meta, from prompt.json: kind, sources, prompt and head (constructor arguments), reads, labels,
     max_length, backbone {name, revision, ...}, training {...}, and whatever else was saved.
@@ -120,12 +117,11 @@ def load_prompt(folder):
                  meta["backbone"]["revision"]]
         check(all(isinstance(text, str) for text in texts) and type(meta["max_length"]) is int,
               "labels, sources, the backbone's name or max_length are of another type")
-        prompt, head = restore_prompt(meta, tensors)
-    return prompt, head, meta
+        return restore_prompt(meta, tensors), meta
 
 
 def restore_prompt(meta, tensors):
-    """What prompt.json and prompt.safetensors hold -> (SoftPrompt or None, ClassificationHead).
+    """What prompt.json and prompt.safetensors hold -> modules, an nn.ModuleDict.
 
     Raises an error for anything that is missing, of another type or shape, or not finite.
     """
@@ -140,7 +136,7 @@ def restore_prompt(meta, tensors):
     check(all(tensor.isfinite().all() for tensor in tensors.values()), "numbers are not finite")
     check(len(meta["labels"]) == meta["head"]["classes"],
           f"{len(meta['labels'])} labels, but {meta['head']['classes']} classes")
-    return modules["prompt"] if "prompt" in modules else None, modules["head"]
+    return modules
 
 
 def why_no_run(folder):
@@ -228,7 +224,7 @@ class Run:
     with the backbone. Raises FileNotFoundError for what is not there, ValueError for files that
     cannot be used.
 
-    .name, .folder; .prompt (or None), .head, .meta (see load_prompt); .config (see config.yaml);
+    .name, .folder; .modules, .meta (see load_prompt); .prompt, or None; .config (see config.yaml);
     .sources, codes of languages; .results: the folder for its scores; .changed: what of "backbone"
     and "data" is not its own.
     """
@@ -246,10 +242,11 @@ class Run:
         released = (self.folder / "adapter_config.json").is_file()
         if released:
             from formats import read_authors
-            self.prompt, self.head, self.meta = read_authors(self.folder)
+            self.modules, self.meta = read_authors(self.folder)
             self.complete_release()
         else:
-            self.prompt, self.head, self.meta = load_prompt(self.folder)
+            self.modules, self.meta = load_prompt(self.folder)
+        self.prompt = self.modules["prompt"] if self.meta["prompt"] else None
         # a folder of the authors and the hub's cache are not ours to write to
         self.results = Path("runs") / self.name if released or on_hub else self.folder
         self.sources = self.meta["sources"]
@@ -280,10 +277,8 @@ class Run:
 
     def fingerprint(self):
         """A short hash of the trained tensors."""
-        tensors = []
-        for module in filter(None, (self.prompt, self.head)):
-            tensors += [tensor.flatten() for tensor in module.state_dict().values()]
-        return hashlib.sha256(torch.cat(tensors).numpy().tobytes()).hexdigest()[:16]
+        numbers = torch.cat([tensor.flatten() for tensor in self.modules.state_dict().values()])
+        return hashlib.sha256(numbers.numpy().tobytes()).hexdigest()[:16]
 
 
 def method_name(kind, prompt_config):

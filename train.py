@@ -160,8 +160,7 @@ class Learner:
         if job.mode == "head":      # the baseline: a random prompt that stays random
             self.modules["prompt"].requires_grad_(False)
         if job.source:
-            self.modules["prompt"].load_state_dict(job.source.prompt.state_dict())
-            self.modules["head"].load_state_dict(job.source.head.state_dict())
+            self.modules.load_state_dict(job.source.modules.state_dict())
         self.modules.to(job.device)
         self.parameters = [p for p in self.modules.parameters() if p.requires_grad]
         self.meta["training"]["trainable"] = sum(p.numel() for p in self.parameters)
@@ -265,13 +264,12 @@ class Learner:
         modules.load_state_dict(self.best)
         if "backbone" in modules:
             tensors = {name: tensor.cpu() for name, tensor in
-                       modules["backbone"].state_dict().items()}
+                       modules.pop("backbone").state_dict().items()}
             write_atomically(self.folder / "backbone.safetensors", save(tensors, {"format": "pt"}))
         self.meta["training"].update(
             best_step=progress.best_step, dev_accuracy=progress.best_accuracy,
             dev_loss=progress.best_loss, stopped=progress.stopped)
-        prompt = modules["prompt"] if "prompt" in modules else None
-        save_prompt(self.folder, prompt, modules["head"], self.meta)
+        save_prompt(self.folder, modules, self.meta)
         tqdm.write(f"{self.folder}: dev accuracy {progress.best_accuracy:.1f} at step "
                    f"{progress.best_step}, {progress.stopped}")
         if progress.best_accuracy < majority(self.task.labels["dev"]) + 1:

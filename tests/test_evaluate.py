@@ -64,7 +64,8 @@ def write_run(folder, world, seed=11, kind="dual", **changes):
               for section in ("backbone", "data")}
     meta = dict(places, kind=kind, reads="prompt", labels=list(data.LABELS), max_length=20,
                 sources=["aaa_Latn", "bbb_Latn"], training={})
-    runs.save_prompt(folder, None if kind == "full" else prompt, head, {**meta, **changes})
+    modules = {"head": head} if kind == "full" else {"prompt": prompt, "head": head}
+    runs.save_prompt(folder, torch.nn.ModuleDict(modules), {**meta, **changes})
     # 60 positions to a batch: many batches, sorted by length
     settings = "targets: {Others: others}\ngroups: {others: [ccc_Latn, bbb_Latn]}"
     (folder / "config.yaml").write_text(settings + "\nevaluate: {tokens: 60}")
@@ -87,17 +88,17 @@ def loaded(folder):
 @torch.no_grad()
 def answer_slowly(folder, text, backbone=None):
     """Probabilities (C,) that a run folder gives one text, one step after the other."""
-    prompt, head, meta = runs.load_prompt(folder)
+    modules, meta = runs.load_prompt(folder)
     own, tokenizer = loaded(meta["backbone"]["name"])
     backbone = backbone or own
     ids = tokenizer(text, truncation=True, max_length=meta["max_length"])["input_ids"]
     words = backbone.embeddings.word_embeddings.weight[torch.tensor(ids)]
-    rows = prompt.eval()()[0] if prompt else words[:0]
+    rows = modules["prompt"].eval()()[0] if meta["prompt"] else words[:0]
     states = backbone(inputs_embeds=torch.cat((rows, words))[None])[0][0]       # (P+T, H)
     of_text = states[len(rows):]
     vector = {"prompt": states[0], "first": of_text[0], "last": of_text[-1],
               "mean": of_text.mean(dim=0)}[meta["reads"]]
-    return head.eval()(vector[None]).softmax(dim=1)[0]
+    return modules["head"].eval()(vector[None]).softmax(dim=1)[0]
 
 
 def line_of(folder, text):
@@ -144,17 +145,15 @@ def test_group_means_leave_sources_out():
 @pytest.mark.parametrize("encoder", xpe.ENCODERS)
 def test_a_prompt_comes_back_as_it_was(one, tmp_path, encoder):
     """Catches: a tensor, a setting or a fact that is lost on disk (peft drops the encoder)."""
-    _, head, meta = runs.load_prompt(one)
-    prompt = drawn(xpe.SoftPrompt(16, 5, 0.4, encoder, hidden=6, dropout=0.3))
-    meta.update(more="Zoë", reads="mean", prompt=prompt.config)
-    runs.save_prompt(tmp_path, prompt, head, meta)
-    *modules, found = runs.load_prompt(tmp_path)
+    own, meta = runs.load_prompt(one)
+    own["prompt"] = drawn(xpe.SoftPrompt(16, 5, 0.4, encoder, hidden=6, dropout=0.3))
+    meta.update(more="Zoë", reads="mean", prompt=own["prompt"].config)
+    runs.save_prompt(tmp_path, own, meta)
+    modules, found = runs.load_prompt(tmp_path)
     assert found == meta
-    for module, own in zip(modules, (prompt, head)):
-        assert module.config == own.config
-        assert all(parameter.requires_grad for parameter in module.parameters())
-        close(module.state_dict(), own.state_dict(), 0)
-    close(modules[0].eval()(), prompt())
+    assert all(parameter.requires_grad for parameter in modules.parameters())
+    close(modules.state_dict(), own.state_dict(), 0)
+    close(modules["prompt"].eval()(), own["prompt"]())
 
 
 # ---- Scoring -------------------------------------------------------------------------------------
@@ -398,9 +397,9 @@ def test_several_runs_answer_each_text_on_one_line(world, tmp_path):
 def test_bad_command_lines(world, one, tmp_path, arguments, message):
     """Catches: a traceback, a message without the way out, a run that answers with NaN."""
     copy = shutil.copytree(one, tmp_path / "copy" / one.name)
-    prompt, head, meta = runs.load_prompt(one)
-    head.out_proj.weight.data.fill_(3e38)
-    runs.save_prompt(one / "..", prompt, head, meta)
+    modules, meta = runs.load_prompt(one)
+    modules["head"].out_proj.weight.data.fill_(3e38)
+    runs.save_prompt(one / "..", modules, meta)
     for name, path in (("RUN", one), ("COPY", copy), ("BROKEN", tmp_path)):
         arguments = arguments.replace(name, str(path))
     refused(arguments, message)

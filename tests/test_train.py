@@ -175,8 +175,8 @@ def train_plainly(world, start, cfg, seed, steps):
     sentences = sentences_of(world, "train")
     ids = [torch.tensor(tokenizer(sentence.text)["input_ids"]) for sentence in sentences]
     labels = torch.tensor([sentence.label for sentence in sentences])
-    prompt, head, _ = runs.load_prompt(start)
-    modules = nn.ModuleDict({"prompt": prompt, "head": head})
+    modules, _ = runs.load_prompt(start)
+    prompt, head = modules["prompt"], modules["head"]
     optimizer = train.make_optimizer(train.parameter_groups(modules, cfg), cfg["optimizer"])
     rates = [group["lr"] for group in optimizer.param_groups]
 
@@ -252,7 +252,7 @@ def test_what_moves(world, tmp_path, mode, amp):
             continue
         trainable += tensor.numel()
         assert moved.all() if name in ("prompt.standard", "prompt.encoded") else moved.any(), name
-    assert runs.load_prompt(end)[2]["training"]["trainable"] == trainable
+    assert runs.load_prompt(end)[1]["training"]["trainable"] == trainable
 
 
 @pytest.mark.parametrize("mode, reads", [("dual", "prompt"), ("xpe", "mean"), ("full", "prompt"),
@@ -269,7 +269,7 @@ def test_the_best_step_is_kept(world, tmp_path, mode, reads):
     _, probabilities = evaluate.load(folder, "cpu", amp="off")(texts)
     accuracy = 100 * float((probabilities.argmax(dim=1) == labels).double().mean())
     loss = float(F.nll_loss(probabilities.log(), labels))
-    training = runs.load_prompt(folder)[2]["training"]
+    training = runs.load_prompt(folder)[1]["training"]
     expected = pytest.approx([best["step"], accuracy, loss], abs=1e-4)
     assert [best[key] for key in ("step", "dev_accuracy", "dev_loss")] == expected
     assert [training[key] for key in ("best_step", "dev_accuracy", "dev_loss")] == expected
@@ -297,7 +297,7 @@ def test_early_stopping(calm, tmp_path):
         stopped = read_log(folder)
         assert stopped == log[:stopping_point(log, patience, after)]
         lengths.add(len(stopped))
-        training = runs.load_prompt(folder)[2]["training"]
+        training = runs.load_prompt(folder)[1]["training"]
         assert ("no lower dev loss" in training["stopped"]) == (len(stopped) < 30)
     assert len(lengths) == 4, "this test would see nothing"
 
@@ -344,7 +344,7 @@ def test_steps_and_names(world, tmp_path, arguments, name, evaluated_at, setting
     folder, = trained(world, tmp_path, arguments)
     assert folder.name == name
     assert [line["step"] for line in read_log(folder)] == evaluated_at
-    used = runs.load_prompt(folder)[2]["training"]["settings"]
+    used = runs.load_prompt(folder)[1]["training"]["settings"]
     assert used == {**used, **settings}
 
 
@@ -425,7 +425,7 @@ def test_refused_before_anything_is_written(world, tmp_path, arguments, message)
     ("cp aaa_Latn/train.tsv aaa_Latn/dev.tsv", "", 0, "14 of 14 dev sentences of aaa_Latn"),
     ("rm */test.tsv", SCORED, 2, "no test.tsv.*after_training=false"),
     ("rm bbb_Latn/dev.tsv", "", 2, "bbb_Latn/dev.tsv: no such split"),
-    ("perl -i -ne 'print if /text/' bbb_Latn/dev.tsv", "", 2, "dev.tsv: no sentence")])
+    ("perl -i -ne 'print if /text/' bbb_Latn/dev.tsv", "", 2, "dev.tsv.*no sentence")])
 def test_told_of_a_corpus(world, tmp_path, change, arguments, status, message):
     """Catches: hours of training that end in an error, or in figures that are not honest."""
     corpus = shutil.copytree(world / "data", tmp_path / "data")
@@ -468,7 +468,7 @@ def test_a_learner_that_diverges_stops_alone(calm, tmp_path):
     folders = sorted((tmp_path / "bad").iterdir())
     for i in (0, 2):
         close(tensors_of(folders[i]), tensors_of(good[i]), 1e-3)
-    log, training = read_log(folders[1]), runs.load_prompt(folders[1])[2]["training"]
+    log, training = read_log(folders[1]), runs.load_prompt(folders[1])[1]["training"]
     assert log == read_log(good[1])[:2] and training["stopped"].startswith("diverged")
     assert training["best_step"] == max(log, key=lambda line: line["dev_accuracy"])["step"]
     assert train_tiny(calm, tmp_path / "bad", arguments + " --resume")[0] == 2
@@ -495,10 +495,10 @@ def test_an_adapted_prompt_starts_from_its_source(world, usual, tmp_path, rates)
     assert status == 0 and results(usual.parent) == before
     for language in ("ccc_Latn", "bbb_Latn"):
         folder = tmp_path / f"xpe-two-s12-to-{language}-s12"
-        prompt, _, meta = runs.load_prompt(folder)
+        modules, meta = runs.load_prompt(folder)
         assert meta == {**meta, "adapted_to": language, "adapted_from": usual.name, "seed": 12,
                         "kind": "xpe", "sources": ["aaa_Latn", "bbb_Latn"]}
-        assert prompt.config["dropout"] == 0.0
+        assert modules["prompt"].config["dropout"] == 0.0
         for name, tensor in tensors_of(folder).items():
             assert torch.equal(tensor, tensors[name]) == bool(rates)
         scored, = runs.read_json(folder / "test.json")["lines"]
