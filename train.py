@@ -126,9 +126,7 @@ def make_schedule(optimizer, steps, cfg):
 @dataclass
 class Progress:
     """Where a learner stands: plain values, so that a checkpoint can hold them."""
-    best_accuracy: float = -1.0     # on the dev split, percent
-    best_step: int = 0
-    best_loss: float = 0.0          # on the dev split, at the best step
+    best: dict = None               # the line of metrics.jsonl with the best dev accuracy
     lowest_loss: float = math.inf   # on the dev split, since patience counts
     waited: int = 0                 # evaluations without a lower one
     stopped: str = ""               # why it has ended; empty while it goes on
@@ -171,10 +169,6 @@ class Learner:
         self.class_weights = self.task.class_weights.to(job.device)
         self.loss_sum = torch.zeros((), device=job.device)      # since the last evaluation
 
-    def order(self, batch_size, epoch):
-        """The batches of an epoch -> list of arrays of sentence numbers."""
-        return length_batches(self.task.lengths, batch_size, self.seed, epoch)
-
     def loss(self, logits, labels):
         """The mean loss of a batch, logits (B, C). ours: divided by sentences and not, as torch
         does it, by their class weights, which would cancel in a batch of one."""
@@ -204,10 +198,10 @@ class Learner:
             progress.stopped = f"diverged: the loss is no longer finite at step {step}"
             return
         dev_accuracy = accuracy(labels, logits.argmax(dim=1))
-        if dev_accuracy > progress.best_accuracy:
-            progress.best_accuracy = dev_accuracy
-            progress.best_step = step
-            progress.best_loss = dev_loss
+        line = {"step": step, "loss": round(train_loss, 6), "dev_accuracy": round(dev_accuracy, 4),
+                "dev_loss": round(dev_loss, 6)}
+        if not progress.best or line["dev_accuracy"] > progress.best["dev_accuracy"]:
+            progress.best = line
             self.best = self.tensors()
         # paper: patience watches the dev *loss*, and only after half of the steps; what is kept is
         # the best *accuracy*
@@ -220,11 +214,8 @@ class Learner:
                 progress.stopped = f"no lower dev loss in {progress.waited} evaluations"
         if step == steps:
             progress.stopped = "all steps"
-        line = json.dumps(dict(
-            step=step, loss=round(train_loss, 6), dev_accuracy=round(dev_accuracy, 4),
-            dev_loss=round(dev_loss, 6), best=round(progress.best_accuracy, 4)))
         with reading(self.log.name):            # names the file of a full disk
-            self.log.write(f"{line}\n".encode())
+            self.log.write(json.dumps(line).encode() + b"\n")
             self.log.flush()
         progress.log_bytes = self.log.tell()
 
@@ -266,13 +257,12 @@ class Learner:
             tensors = {name: tensor.cpu() for name, tensor in
                        modules.pop("backbone").state_dict().items()}
             write_atomically(self.folder / "backbone.safetensors", save(tensors, {"format": "pt"}))
-        self.meta["training"].update(
-            best_step=progress.best_step, dev_accuracy=progress.best_accuracy,
-            dev_loss=progress.best_loss, stopped=progress.stopped)
+        best = progress.best
+        self.meta["training"].update(best, stopped=progress.stopped)
         save_prompt(self.folder, modules, self.meta)
-        tqdm.write(f"{self.folder}: dev accuracy {progress.best_accuracy:.1f} at step "
-                   f"{progress.best_step}, {progress.stopped}")
-        if progress.best_accuracy < majority(self.task.labels["dev"]) + 1:
+        tqdm.write(f"{self.folder}: dev accuracy {best['dev_accuracy']:.1f} at step "
+                   f"{best['step']}, {progress.stopped}")
+        if best["dev_accuracy"] < majority(self.task.labels["dev"]) + 1:
             warn(f"{self.folder}: no better than the majority class of the dev split: raise "
                  f"{advice}, or train for more steps")
         # in full fine-tuning, gigabytes for each seed
@@ -322,7 +312,8 @@ def train(learners, model, autocast, job, checkpoint, start=0):
         # each epoch has its own order, a pure function of seed and epoch
         epoch, position = divmod(step - 1, per_epoch)
         if orders is None or position == 0:
-            orders = [learner.order(cfg["batch_size"], epoch) for learner in learners]
+            orders = [length_batches(learner.task.lengths, cfg["batch_size"], learner.seed, epoch)
+                      for learner in learners]
         first = position * cfg["accumulate"]
         numbers = range(first, min(first + cfg["accumulate"], batches))
 
@@ -368,8 +359,8 @@ def evaluate_learners(learners, model, step, steps, since, job, autocast):
         learner.loss_sum.zero_()
         learner.record_evaluation(step, steps, own_logits, train_loss, job.cfg)
     if not job.quiet:
-        best = [learner.progress.best_accuracy for learner in learners]
-        tqdm.write(f"step {step:>6,} of {steps:,}: best dev accuracy {np.mean(best):.1f}")
+        best = [learner.progress.best["dev_accuracy"] for learner in learners if learner.best]
+        tqdm.write(f"step {step:>6,} of {steps:,}: best dev accuracy {np.mean(best or 0):.1f}")
 
 
 def finish_stopped(learners):

@@ -272,7 +272,7 @@ def test_the_best_step_is_kept(world, tmp_path, mode, reads):
     training = runs.load_prompt(folder)[1]["training"]
     expected = pytest.approx([best["step"], accuracy, loss], abs=1e-4)
     assert [best[key] for key in ("step", "dev_accuracy", "dev_loss")] == expected
-    assert [training[key] for key in ("best_step", "dev_accuracy", "dev_loss")] == expected
+    assert [training[key] for key in ("step", "dev_accuracy", "dev_loss")] == expected
 
 
 def stopping_point(log, patience, after):
@@ -470,7 +470,7 @@ def test_a_learner_that_diverges_stops_alone(calm, tmp_path):
         close(tensors_of(folders[i]), tensors_of(good[i]), 1e-3)
     log, training = read_log(folders[1]), runs.load_prompt(folders[1])[1]["training"]
     assert log == read_log(good[1])[:2] and training["stopped"].startswith("diverged")
-    assert training["best_step"] == max(log, key=lambda line: line["dev_accuracy"])["step"]
+    assert training["step"] == max(log, key=lambda line: line["dev_accuracy"])["step"]
     assert train_tiny(calm, tmp_path / "bad", arguments + " --resume")[0] == 2
 
 
