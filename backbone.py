@@ -40,9 +40,11 @@ DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # ---- Device, precision, attention ----------------------------------------------------------------
 
 def pick_device(name="auto"):
-    """A name -> torch.device; `auto` is CUDA if there is one. ValueError if it cannot be used."""
+    """A name -> torch.device; `auto` is CUDA if there is one, of several processes (torchrun) each
+    has its own. ValueError if it cannot be used."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        local_rank = os.environ.get("LOCAL_RANK", 0)
+        name = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
     with reading(f"--device {name}"):
         device = torch.zeros(1, device=name).device
     if device.type == "cuda":

@@ -24,7 +24,7 @@ import signal
 import sys
 import warnings
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,7 +43,9 @@ from data import (check, collate, encode, find_leaks, fingerprint, length_batche
                   nearest, open_corpus, reading, run_main, shorten_list, split_commas, warn)
 from evaluate import accuracy, majority, predict, score_runs
 from runs import (DIVERGED, Run, command_of, differences, method_name, open_log, outcome,
-                  read_checkpoint, read_json, save_checkpoint, save_prompt, write_atomically)
+                  read_checkpoint, save_checkpoint, save_prompt, write_atomically)
+
+SAVE_MEMORY = ("learners_at_once", "tokens")        # settings that may change on --resume
 
 # Under fp16 a first step that overflows is left out, as it should be; torch takes it for a mistake
 warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
@@ -219,12 +221,6 @@ class Learner:
             self.log.flush()
         progress.log_bytes = self.log.tell()
 
-    def check_settings(self, saved):
-        """Raise ValueError if `saved` settings are not those of this run."""
-        saves_memory = "learners_at_once", "tokens"         # may change on the way
-        changed = differences(saved, self.meta["training"]["settings"], saves_memory)
-        check(not changed, f"{changed}: --resume goes on with the same settings only")
-
     def state_dict(self):
         """Everything needed to resume."""
         return dict(settings=self.meta["training"]["settings"], progress=asdict(self.progress),
@@ -234,7 +230,8 @@ class Learner:
 
     def load_state_dict(self, state):
         """Go on from what state_dict gave; ValueError if it was begun with other settings."""
-        self.check_settings(state["settings"])
+        changed = differences(state["settings"], self.meta["training"]["settings"], SAVE_MEMORY)
+        check(not changed, f"{changed}: --resume goes on with the same settings only")
         self.progress = Progress(**state["progress"])
         self.best = state["best"]
         for name in ("modules", "optimizer", "schedule", "scaler"):
@@ -383,26 +380,19 @@ def catch_signals():
     """Ctrl-C and a scheduler's signals go into a list: the step ends and a checkpoint is written.
     A second one ends the process at once."""
     arrived = []
-    usual = {}
+    with ExitStack() as usual_handlers:         # on closing it puts them back
 
-    def note(number, _):
-        arrived.append(number)
-        give_back()
+        def note(number, _):
+            arrived.append(number)
+            usual_handlers.close()
 
-    def give_back():
-        for number, handler in usual.items():
-            signal.signal(number, handler)
-
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
-        number = getattr(signal, name, None)            # Windows lacks the last two
-        # nohup asks for SIGHUP to be ignored
-        ignored = name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN
-        if number and not ignored:
-            usual[number] = signal.signal(number, note)
-    try:
+        for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
+            number = getattr(signal, name, None)            # Windows lacks the last two
+            # nohup asks for SIGHUP to be ignored
+            ignored = name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN
+            if number and not ignored:
+                usual_handlers.callback(signal.signal, number, signal.signal(number, note))
         yield arrived
-    finally:
-        give_back()
 
 
 # ---- Passes and checkpoints ----------------------------------------------------------------------
@@ -663,10 +653,6 @@ def make_learners(job, plans):
                 "max_length": job.max_length, "data": {**job.data, "fingerprint": data},
                 "training": {"settings": {**settings, "data": data}, "versions": versions}}
         learners.append(Learner(folder, seed, tasks[languages], meta))
-        path = folder / "prompt.json"
-        if outcome(folder) and path.is_file():
-            with reading(path):
-                learners[-1].check_settings(read_json(path)["training"]["settings"])
     return learners
 
 
@@ -675,11 +661,10 @@ def main(argv=None):
     args = parse_arguments(argv)
     job = read_job(args)
     # torchrun: each process trains its share, and none needs the others
-    rank, local_rank, world_size = [int(os.environ.get(name, default)) for name, default in
-                                    (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))]
+    rank = int(os.environ.get("RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
     job.quiet = rank > 0
-    on_gpu = args.device in ("auto", "cuda") and torch.cuda.is_available()
-    job.device = pick_device(f"cuda:{local_rank}" if on_gpu else args.device)
+    job.device = pick_device(args.device)
     job.cfg["amp"] = pick_precision(job.cfg["amp"], job.device)
     plans = plan_runs(job, args)[rank::world_size]
     for folder, *_ in plans:
