@@ -128,7 +128,7 @@ def make_ours(job, K, steps):
     def run():
         job.cfg.update(steps=count, evaluate_every=0, checkpoint_every=count + 1)
         learners, model = start_training(job, K, count)
-        train.train(learners, model, job.autocast, job, checkpoint=None)
+        train.train(learners, model, job, checkpoint=None)
 
     return job.task.lengths[indices], run
 

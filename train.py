@@ -286,12 +286,13 @@ def join_batches(learners, orders, number, job):
     return [tensor.to(job.device, non_blocking=True) for tensor in batch]
 
 
-def train(learners, model, autocast, job, checkpoint, start=0):
+def train(learners, model, job, checkpoint, start=0):
     """Train the K learners of a pass until each has stopped; a signal ends the process.
 
     `model` holds their prompts and heads. All have equally many sentences: then the batches of a
-    step are of one size and of like lengths. `job`: .cfg, .device, .pad_id, .quiet, .arrived (a
-    list of signals). `checkpoint`: where to write it; `start`: the step that it stands at.
+    step are of one size and of like lengths. `job`: .cfg, .device, .autocast, .pad_id, .quiet,
+    .arrived (a list of signals). `checkpoint`: where to write it; `start`: the step that it stands
+    at.
     """
     cfg = job.cfg
     steps, per_epoch, batches = count_steps(cfg, len(learners[0].task.lengths))
@@ -316,7 +317,7 @@ def train(learners, model, autocast, job, checkpoint, start=0):
 
         for number in numbers:
             ids, mask, labels = join_batches(learners, orders, number, job)
-            with autocast(), cheap_dropout(job.device):
+            with job.autocast(), cheap_dropout(job.device):
                 logits = model(ids, mask)                           # (K*B, C)
             K = len(learners)
             total = 0.0
@@ -330,7 +331,7 @@ def train(learners, model, autocast, job, checkpoint, start=0):
             learner.step(cfg["clip"])
         if step % evaluate_every == 0 or step == steps:
             since = (step - 1) % evaluate_every + 1
-            evaluate_learners(learners, model, step, steps, since, job, autocast)
+            evaluate_learners(learners, model, step, steps, since, job)
         stopped = any(learner.progress.stopped for learner in learners)
         due = not model.training and step - saved_at >= cfg["checkpoint_every"]
         if stopped or due or job.arrived:
@@ -347,10 +348,10 @@ def train(learners, model, autocast, job, checkpoint, start=0):
             sys.exit(130)
 
 
-def evaluate_learners(learners, model, step, steps, since, job, autocast):
+def evaluate_learners(learners, model, step, steps, since, job):
     """Evaluate each learner on its own dev split, all in one go; since: steps since the last."""
     texts = [learner.task.ids["dev"] for learner in learners]
-    logits = predict(model, texts, job.pad_id, job.cfg["tokens"], autocast)
+    logits = predict(model, texts, job.pad_id, job.cfg["tokens"], job.autocast)
     for learner, own_logits in zip(learners, logits):
         train_loss = float(learner.loss_sum) / since
         learner.loss_sum.zero_()
@@ -439,7 +440,7 @@ def run_pass(job, learners, path, state):
     for learner in learners:
         learner.build(job, backbone, steps)
     model = join_learners(learners, backbone, job.reads)
-    autocast = place(model, job.device, cfg["amp"], cfg["frozen_weights"])
+    job.autocast = place(model, job.device, cfg["amp"], cfg["frozen_weights"])
     start = 0
     torch.manual_seed(first.seed)           # of all dropout
     if state:
@@ -461,7 +462,7 @@ def run_pass(job, learners, path, state):
     learners = finish_stopped(learners)     # a crash may have come between checkpoint and result
     if learners:
         model = join_learners(learners, backbone, job.reads)
-        train(learners, model, autocast, job, path, start)
+        train(learners, model, job, path, start)
     path.unlink(missing_ok=True)
 
 
