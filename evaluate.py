@@ -191,7 +191,7 @@ class Scores:
     """
 
     def __init__(self, run, split, languages, out):
-        corpus, where = open_corpus(run.meta["data"])
+        corpus, _ = open_corpus(run.meta["data"])
         labels = run.meta["labels"]
         check(list(corpus.labels) == labels,
               f"{corpus.root} has the labels {', '.join(corpus.labels)}; {run.name} was trained on "
@@ -211,10 +211,8 @@ class Scores:
         check(languages, f"{corpus.root}: no language has a file {split}.tsv")
         self.sentences = [(code, sentence) for code in languages
                           for sentence in corpus.read(code, split)]
-        backbone = run.meta["backbone"]
-        self.facts = {"revision": where["revision"], "prompt": run.fingerprint(),
-                      "data": fingerprint([sentence for _, sentence in self.sentences]),
-                      "backbone": {"name": backbone["name"], "revision": backbone["revision"]}}
+        self.facts = {"prompt": run.fingerprint(), "backbone": run.meta["backbone"],
+                      "data": fingerprint([sentence for _, sentence in self.sentences])}
         self.lines = []
         self.told = "not written: --out FOLDER keeps the scores"
 

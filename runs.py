@@ -225,8 +225,8 @@ class Run:
     cannot be used.
 
     .name, .folder; .modules, .meta (see load_prompt); .prompt, or None; .config (see config.yaml);
-    .sources, codes of languages; .results: the folder for its scores; .changed: what of "backbone"
-    and "data" is not its own.
+    .sources, codes of languages; .results: the folder for its scores; .changed: whether backbone or
+    data are not its own.
     """
 
     def __init__(self, where, backbone=None, data=None, trust=False):
@@ -237,8 +237,8 @@ class Run:
                                     ["*.json", "*.safetensors", "config.yaml"])
         on_hub = place["revision"] != "local"
         self.name = str(where).replace("/", "--") if on_hub else self.folder.name
-        own_config = self.folder / "config.yaml"
-        self.config = read_config(own_config if own_config.is_file() else None)
+        path = self.folder / "config.yaml"
+        self.config = read_config(path if path.is_file() else None)
         released = (self.folder / "adapter_config.json").is_file()
         if released:
             from formats import read_authors
@@ -250,12 +250,12 @@ class Run:
         # a folder of the authors and the hub's cache are not ours to write to
         self.results = Path("runs") / self.name if released or on_hub else self.folder
         self.sources = self.meta["sources"]
-        self.changed = []
+        self.changed = False
         self.config["backbone"]["trust_remote_code"] = trust    # never the run's own file's to say
         for section, given in (("backbone", backbone), ("data", data)):
             own = self.meta.setdefault(section, self.config[section])
             if given and given != own["name"]:
-                self.changed.append(section)
+                self.changed = True
                 own.update(name=given, revision="main", folder=given)
 
     def complete_release(self):

@@ -18,7 +18,6 @@ import copy
 import json
 import math
 import os
-import platform
 import shlex
 import signal
 import sys
@@ -585,22 +584,18 @@ def check_corpus(corpus, languages, config, source):
 
 def plan_runs(job, args):
     """-> (folder, seed, languages, source facts) of a run for each seed; with a source run, for
-    each seed and target language. Raises FileExistsError for what would be written over."""
+    each seed and target language."""
     source = job.source
+    if source:
+        plans = [(f"{source.name}-to-{code}", (code,), {
+            "sources": source.sources, "adapted_from": source.name, "adapted_to": code})
+            for code in job.languages]
+    else:
+        name = f"{method_name(job.mode, job.prompt)}-{job.group}"
+        plans = [(name, tuple(job.languages), {"sources": job.languages})]
     seeds = parse_seeds(args.seeds or str(source.meta.get("seed", 11) if source else 11))
-    plans = []
-    for seed in seeds:
-        name = f"{method_name(job.mode, job.prompt)}-{job.group}-s{seed}"
-        if not source:
-            facts = {"sources": job.languages}
-            plans.append((args.out / name, seed, tuple(job.languages), facts))
-            continue
-        for language in job.languages:
-            facts = {"sources": source.sources, "adapted_from": source.name,
-                     "adapted_to": language}
-            name = f"{source.name}-to-{language}-s{seed}"
-            plans.append((args.out / name, seed, (language,), facts))
-    return plans
+    return [(args.out / f"{name}-s{seed}", seed, languages, facts)
+            for seed in seeds for name, languages, facts in plans]
 
 
 def check_folder(folder, resume):
@@ -622,9 +617,10 @@ def prepare_backbone(job):
         check(not told, f"--adapt {job.source.folder}: was trained on another backbone: {told}")
     job.prompt["width"], width = xpe.widths(job.backbone)
     # XLM-R's own classification head takes its dropout from the backbone's configuration
-    dropout = getattr(job.backbone.config, "classifier_dropout", None)
+    config = job.backbone.config.to_dict()
+    dropout = config.get("classifier_dropout")
     if dropout is None:
-        dropout = getattr(job.backbone.config, "hidden_dropout_prob", 0.1)
+        dropout = config.get("hidden_dropout_prob", 0.1)
     job.head = {"width": width, "classes": len(job.corpus.labels), "dropout": float(dropout)}
     room = xpe.positions(job.backbone) - (0 if job.mode == "full" else job.prompt["length"])
     job.max_length = min(job.max_length, room)
@@ -641,8 +637,7 @@ def make_learners(job, plans):
     settings = {**job.cfg, "backbone": job.identity["fingerprint"], "reads": job.reads,
                 "source": job.source and job.source.fingerprint(), "max_length": job.max_length}
     settings.update({f"prompt.{key}": value for key, value in job.prompt.items()})
-    versions = {"python": platform.python_version(), "torch": torch.__version__,
-                "transformers": transformers.__version__}
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     tasks = {}
     learners = []
     for folder, seed, languages, facts in plans:
