@@ -13,13 +13,22 @@ gives, for sample/e5.yaml (twenty seeds):
     | xpe    | joshi5 |    20 |   241,735 | 85.3 ± 1.2 |     50.1 ± 1.1 | ...
 
 Read downwards: run folders, means over seeds, comparison, tables, the picture, the command.
-Published figures are in published.csv, families of languages in baselines.csv. Letters: S seeds,
-I test sentences.
+Letters: S seeds, I test sentences. All published figures are accuracies in percent on SIB-200's
+test split:
+
+    published.csv   means over the paper's target groups; empty: not known here. Of the paper:
+                    XLM-R-large, zero-shot, ten seeds. Of its authors' re-runs: ten seeds, too; E is
+                    the encoded rows' embedding, at the global rate of 5e-5 if nothing else is said;
+                    the last line is mean ± deviation over seeds. Of SIB-200's paper: means of the
+                    columns of baselines.csv, without nqo_Nkoo, which does not have all of them.
+    baselines.csv   each language's family, and its figures in table 7 of SIB-200's paper (arXiv
+                    2309.07445): XLM-R-large with every weight fine-tuned on the language itself, or
+                    on English, Arabic, Chinese only; GPT-3.5 and GPT-4 asked for the topic. The two
+                    of nqo_Nkoo are counted from the released model outputs.
 """
 import csv
-import warnings
 from collections import Counter, namedtuple
-from itertools import cycle
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -30,15 +39,13 @@ from data import (HERE, check, fingerprint, make_parser, nearest, read_text, rea
 from evaluate import group_means
 from runs import differences, method_name, read_json, why_no_run, write_atomically, write_csv
 
-KINDS = ("full", "head", "spt", "dual", "xpe")                  # their order in the tables
 # Settings for the memory that there is, and what each adapted run has of its own
 NO_RECIPE = ("learners_at_once", "tokens", "data", "source")
 
 
 def read_csv(path):
-    """The lines of a CSV file as dicts; lines that begin with # are comments."""
-    lines = read_text(path).split("\n")
-    return list(csv.DictReader(line for line in lines if not line.startswith("#")))
+    """The lines of a CSV file as dicts."""
+    return list(csv.DictReader(read_text(path).split("\n")))
 
 
 # ---- Run folders ---------------------------------------------------------------------------------
@@ -56,17 +63,15 @@ class ScoredRun:
         check(predictions.is_file(),
               why_no_run(folder) or f"no {predictions.name}; evaluate.py writes it")
         meta = read_json(folder / "prompt.json")
-        kind = meta["kind"]
-        check(kind in KINDS, f"prompt.json: unknown kind {kind!r}")
         self.folder = folder
-        self.rank = KINDS.index(kind)
-        self.method = method_name(kind, meta["prompt"])     # xpe, dual30 ...
+        self.method = method_name(meta["kind"], meta["prompt"])     # xpe, dual30 ...
         self.seed = int(meta["seed"])
         self.sources = meta["sources"]
         self.backbone = Path(meta["backbone"]["name"]).name
         self.weights = meta["backbone"]["fingerprint"]      # what tells backbones apart
         self.adapted_from = meta.get("adapted_from")        # the name of a run
         self.adapted_to = meta.get("adapted_to", "")        # a language
+        self.case = f"{self.seed} {self.adapted_to}".strip()
         training = meta["training"]                         # of the authors' release: {}
         self.trainable = training.get("trainable")
         self.settings = training.get("settings", {})
@@ -84,7 +89,7 @@ class ScoredRun:
             ids, labels, predicted = zip(*lines)
             self.sentences[language] = (ids, labels)
             if language not in leave_out:
-                self.hits[language] = np.array(labels) == np.array(predicted)
+                self.hits[language] = np.array(labels) == predicted
                 self.scores[language] = 100 * self.hits[language].mean()
 
 
@@ -114,7 +119,7 @@ class Study:
         run.sentences = sentences                       # each is kept once
         run.source = "+".join(run.sources)
         for group in self.config["groups"]:
-            if set(resolve_group(self.config, group)) == set(run.sources):
+            if resolve_group(self.config, group) == run.sources:
                 run.source = group
                 break
         run.label = f"{run.method}-{run.source}"        # as folders are called: xpe-joshi5
@@ -125,11 +130,8 @@ class Study:
     def pick(self, name):
         """{seed: run} of a method, given as xpe or xpe-joshi5; {} unless exactly one has the name.
         """
-        picked = {}
-        for run in self.runs:
-            if name in (run.method, run.label):
-                picked.setdefault(run.label, {})[run.seed] = run
-        return picked.popitem()[1] if len(picked) == 1 else {}
+        labels = {run.label for run in self.runs if name in (run.method, run.label)}
+        return {run.seed: run for run in self.runs if labels == {run.label}}
 
 
 def read_studies(arguments, split, leave_out, notes):
@@ -208,18 +210,17 @@ def average_over_seeds(same_method):
 
 
 def average_methods(runs, notes):
-    """Runs -> one line of a table for each method and source group.
+    """Runs -> one line of a table for each method and source group, those that train the most last.
 
     Notes the seeds (and adapted languages) that other lines have, and the settings in which runs
     that are averaged differ. Raises ValueError for a seed that occurs twice.
     """
     expected = {f"{run.seed} {other.adapted_to}".strip() for run in runs for other in runs}
     methods = {}                                        # label -> {seed and language: run}
-    for run in sorted(runs, key=lambda run: (run.source, run.rank, run.method)):
+    for run in runs:
         same_method = methods.setdefault(run.label, {})
-        case = f"{run.seed} {run.adapted_to}".strip()
-        check(case not in same_method, f"{run.folder}: {run.label} has seed {case} twice")
-        same_method[case] = run
+        check(run.case not in same_method, f"{run.folder}: {run.label} has seed {run.case} twice")
+        same_method[run.case] = run
     lines = []
     for label, same_method in methods.items():
         missing = ", ".join(sorted(expected - same_method.keys()))
@@ -232,12 +233,11 @@ def average_methods(runs, notes):
                 notes.append(f"{label}: {run.folder.name} is averaged with {first.folder.name}, "
                              f"although {changed}")
         lines.append(average_over_seeds([first, *others]))
-    return lines
+    return sorted(lines, key=lambda line: (line["source"], line["trainable"] or 0))
 
 
 # ---- Comparison of two methods: paired hits, intervals, a test for each language -----------------
 
-ENOUGH_SEEDS = 5                        # with fewer the report says what an interval leaves out
 LEVEL = 0.05                            # of tests; intervals are 95 % ones
 ANGLES = np.linspace(0, np.pi / 2, 4_001)               # grid of the integral in t_test
 
@@ -250,7 +250,7 @@ def average_languages(runs, languages):
     a language lacks counts as that language's mean, and the deviations of those that it has are
     enlarged by all / its own, so that its error stays that of its own sentences.
     """
-    ids = [np.array(runs[0].sentences[language][0]) for language in languages]
+    ids = [runs[0].sentences[language][0] for language in languages]
     known_ids = np.unique(np.concatenate(ids))
     total = np.zeros((len(runs), len(known_ids)))
     for language, own_ids in zip(languages, ids):
@@ -279,21 +279,20 @@ def estimate_difference(a, b):
     measured in tests/false_alarms.py.
     """
     seeds, sentences = a.shape
-    both = np.stack([a, b])                                     # (2, S, I)
-    overall = both.mean(axis=(1, 2), keepdims=True)
+    mean = a.mean() - b.mean()
+    both = np.stack([a - a.mean(), b - b.mean()])               # (2, S, I)
     of_seeds = both.mean(axis=2, keepdims=True)
     of_sentences = both.mean(axis=1, keepdims=True)
-    difference = of_sentences[0] - of_sentences[1]
-    mean = difference.mean()
+    rest = both - of_seeds - of_sentences
+    paired = of_sentences[0] - of_sentences[1]
     # degrees of freedom; one seed or sentence has none, and sums of squares that are zero
     free_seeds = max(seeds - 1, 1)
     free_sentences = max(sentences - 1, 1)
     free_rest = free_seeds * free_sentences
 
-    rest = both - of_seeds - of_sentences + overall
     square_rest = np.sum(rest ** 2) / free_rest
-    square_seeds = sentences * np.sum((of_seeds - overall) ** 2) / free_seeds
-    square_sentences = seeds * np.sum((difference - mean) ** 2) / free_sentences
+    square_seeds = sentences * np.sum(of_seeds ** 2) / free_seeds
+    square_sentences = seeds * np.sum(paired ** 2) / free_sentences
     square_seeds = max(square_seeds, square_rest)
     square_sentences = max(square_sentences, square_rest)
     square = square_seeds + square_sentences - square_rest
@@ -329,9 +328,10 @@ def mark_significant(lines):
     tested.sort(key=lambda line: line["p"])
     largest = 0.0
     for place, line in enumerate(tested):
-        largest = max(largest, line["p"] * (len(tested) - place))
-        line["p"] = min(1.0, largest)
-        if line["p"] <= LEVEL:
+        adjusted = line["p"] * (len(tested) - place)
+        largest = min(1.0, max(largest, adjusted))
+        line["p"] = largest
+        if largest <= LEVEL:
             line["note"] = "significant"
     return len(tested)
 
@@ -364,17 +364,15 @@ def compare(study, names):
     check(seeds, "--compare: the two have no seed in common")
     a = [runs_a[seed] for seed in seeds]
     b = [runs_b[seed] for seed in seeds]
-    shared = set(study.sentences)
-    for run in a + b:
-        shared &= run.hits.keys()
+    shared = set.intersection(*(set(run.hits) for run in a + b))
     sources = set(a[0].sources + b[0].sources)
-    members = {"Sources": shared.intersection(a[0].sources, b[0].sources)}
+    members = {"Sources": sorted(shared.intersection(a[0].sources, b[0].sources))}
     for title, codes in study.targets.items():
-        members[title] = shared.intersection(codes) - sources
+        members[title] = sorted(shared.intersection(codes) - sources)
     groups = []
     for title, codes in members.items():
         if codes:
-            columns = contrast(a, b, sorted(codes))
+            columns = contrast(a, b, codes)
             groups.append({"group": title, "languages": len(codes), **columns})
 
     languages = []
@@ -390,7 +388,7 @@ def compare(study, names):
 
 def comparison_table(comparison):
     """A beside B over the groups; below it how many target languages each of them wins, which of
-    these are significant, and what the intervals leave out (tests/false_alarms.py) -> Table."""
+    these are significant, and what one seed leaves out (tests/false_alarms.py) -> Table."""
     a, b = comparison.names
     seeds = comparison.seeds
     won = 0
@@ -410,10 +408,6 @@ def comparison_table(comparison):
         remarks.append("One seed: this compares two runs, not two methods. The intervals cover the "
                        "choice of test sentences alone; of two equal methods they call one better "
                        "in about a third of all cases, because runs of one method differ, too.")
-    elif seeds < ENOUGH_SEEDS:
-        remarks.append(f"{seeds} seeds are few: the intervals allow for chance between runs as far "
-                       "as runs differ like draws from a normal distribution, not for a rare bad "
-                       "(or good) run that these seeds have not met. The paper has ten.")
     columns = {"group": "group", "languages": "languages", "A": a, "B": b,
                "A - B": f"{a} - {b}", "low": "95 % from", "high": "to"}
     title = f"{a} against {b}: accuracy in percent, {seeds} seeds each"
@@ -454,8 +448,8 @@ def format_cell(line, key):
 def format_tables(tables):
     """Text of all tables; a column is equally wide in all of them. Text stands to the left, numbers
     to the right."""
-    parts = []
     lines = []
+    parts = []
     for table in tables:
         lines += table.lines
     for table in tables:
@@ -473,8 +467,8 @@ def format_tables(tables):
 
 
 def study_tables(study, split, notes):
-    """Means of a study's methods, the published ones where the targets are the paper's groups, and
-    what adaptation gave -> list of Table."""
+    """Means of a study's methods, the published ones where a target has the name of the paper's,
+    and what adaptation gave -> list of Table."""
     add_figures(study, notes)
     names = ["method", "source", "seeds", "trainable", "Sources", *study.targets]
     columns = {name: name for name in names}
@@ -483,16 +477,10 @@ def study_tables(study, split, notes):
     title = (f"Accuracy in percent ({split}, {study.backbone} {study.weights[:8]} on {corpus} "
              f"{sentences}), mean ± standard deviation over seeds")
     tables = [Table(title, columns, average_methods(study.runs, notes))]
-    shown_as = dict(columns)                            # column of published.csv -> ours
-    for title, group in study.config["targets"].items():
-        shown_as[str(group)] = title
-    if "low_performing" in shown_as:
-        published = {}
-        for line in read_csv(HERE / "published.csv"):
-            shown = {name: line.get(key) for key, name in shown_as.items()}
-            published.setdefault(line["table"], []).append(shown)
-        for title, lines in published.items():
-            tables.append(Table(title, columns, lines))
+    if "Low-performing" in columns:
+        lines = read_csv(HERE / "published.csv")
+        for title, same_table in groupby(lines, lambda line: line["table"]):
+            tables.append(Table(title, columns, list(same_table)))
     adapted = [run for run in study.adapted if run.figures]
     if adapted:
         names = ["method", "source", "seeds", "languages adapted to", "before", "after", "gain"]
@@ -504,13 +492,14 @@ def study_tables(study, split, notes):
 
 # ---- The picture --------------------------------------------------------------------------------
 
-# Grey for the sources, then Okabe and Ito's colours, told apart by the colour-blind, too
-COLOURS = ("#8c8c8c", "#d55e00", "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9")
 FREQUENT = 7                            # families or scripts with a strip of their own
-STYLE = {"font.size": 7, "axes.titlesize": 7, "figure.titlesize": 8, "lines.markersize": 4,
-         "axes.grid": True, "axes.grid.axis": "x", "grid.alpha": 0.25, "axes.axisbelow": True,
-         "axes.spines.top": False, "axes.spines.left": False, "axes.spines.right": False,
-         "ytick.major.size": 0, "legend.frameon": False}
+STYLE = {
+    "font.size": 7, "axes.grid": True, "axes.grid.axis": "x", "grid.alpha": 0.25,
+    "axes.spines.top": False, "axes.spines.left": False, "axes.spines.right": False,
+    "ytick.major.size": 0,
+    # grey for the sources, then Okabe and Ito's colours, told apart by the colour-blind, too
+    "axes.prop_cycle": "cycler(color=['8c8c8c', 'd55e00', '0072b2', 'e69f00', '009e73', 'cc79a7'])",
+}
 
 
 def plot(path, comparison):
@@ -518,15 +507,11 @@ def plot(path, comparison):
     with reading("--plot needs matplotlib"):
         from matplotlib import style
         from matplotlib.figure import Figure
-    # "default": not what a user's own matplotlibrc says
-    with style.context(["default", STYLE]), warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with style.context(["default", STYLE]):     # not what a user's own matplotlibrc says
         figure = Figure((7.2, 6.2), layout="constrained")
         draw(figure, comparison)
         figure.savefig(path, dpi=150)
     print(f"{path}: written")
-    if any("Glyph" in str(warning.message) for warning in caught):
-        warn("--plot: boxes stand for letters that the font lacks")
 
 
 def draw(figure, comparison):
@@ -535,45 +520,26 @@ def draw(figure, comparison):
     A language has the colour of the first group that holds it; a group is black if earlier ones
     hold all of its languages.
     """
-    from matplotlib.patches import Patch
-    groups = comparison.groups
     lines = comparison.languages
     languages = [line["language"] for line in lines]
     gains = np.array([line["A - B"] for line in lines])
-    heights = (len(groups) + 1, FREQUENT + 2, FREQUENT + 2)
-    panels = figure.subplot_mosaic("lg;lf;ls", sharex=True, height_ratios=heights)
+    panels = figure.subplot_mosaic("lg;lf;ls", sharex=True)
 
-    members = {**comparison.members, "all languages": languages}
-    group_of = {}
-    for title, codes in members.items():
-        for code in codes:
-            group_of.setdefault(code, title)
-    colour_of = dict(zip(members, cycle(COLOURS)))
-    colours = np.array([colour_of[group_of[language]] for language in languages])
-    sizes = Counter(group_of.values())
-    legend = []
-    for title, size in sizes.items():
-        others = ", the others" if size < len(members[title]) else ""
-        legend.append(Patch(color=colour_of[title], label=f"{title}{others} ({size})"))
-    figure.legend(handles=legend, loc="outside lower center", ncols=4)
+    colours = np.full(len(lines), "black")
+    for height, line in enumerate(comparison.groups):
+        members = comparison.members[line["group"]]
+        own = np.isin(languages, members) & (colours == "black")
+        colour = f"C{height}" if own.any() else "black"         # C0, C1 ...: those of STYLE
+        colours[own] = colour
+        gain = line["A - B"]
+        panels["g"].errorbar(gain, height, xerr=line["high"] - gain, fmt="o", color=colour)
+    names = [f"{line['group']} ({line['languages']})" for line in comparison.groups]
+    title = f"groups, their colours, 95 % intervals (seeds: {comparison.seeds})"
+    name_rows(panels["g"], names, title)
 
-    significant = [line["note"] == "significant" for line in lines]
-    title = f"{len(lines)} languages"
-    bars = colours
-    if any(significant):
-        title += ", the significant ones in full colour"
-        opacities = np.where(significant, 1, 0.45)
-        bars = list(zip(colours, opacities))
-    panels["l"].barh(range(len(lines)), gains, 0.9, color=bars)
-    name_rows(panels["l"], [""] * len(lines), title)
-
-    names = [f"{line['group']} ({line['languages']})" for line in groups]
-    name_rows(panels["g"], names, f"groups, 95 % intervals (seeds: {comparison.seeds})")
-    for height, line in enumerate(groups):
-        title = line["group"]
-        colour = colour_of[title] if title in sizes else "black"
-        panels["g"].plot([line["low"], line["high"]], [height, height], color=colour)
-        panels["g"].plot(line["A - B"], height, "o", color=colour)
+    marks = ["•" if line["note"] == "significant" else "" for line in lines]
+    panels["l"].barh(range(len(lines)), gains, 0.9, color=colours)
+    name_rows(panels["l"], marks, f"{len(lines)} languages (•: significant)")
 
     family_of = {line["code"]: line["family"] for line in read_csv(HERE / "baselines.csv")}
     families = [family_of.get(language, "unknown") for language in languages]
@@ -596,10 +562,10 @@ def draw_strips(axes, title, values, gains, colours):
     spread = np.random.default_rng(0)                   # the same picture each time
     for height, value in enumerate(order):
         chosen = values == value
-        mean = gains[chosen].mean()
-        heights = height + spread.uniform(-0.28, 0.28, counts[value])
-        axes.plot([mean, mean], [height - 0.4, height + 0.4], color="black")
-        axes.scatter(gains[chosen], heights, s=3, c=colours[chosen], zorder=3)
+        own = gains[chosen]
+        heights = height + spread.uniform(-0.28, 0.28, len(own))
+        axes.scatter(own, heights, s=3, c=colours[chosen], zorder=3)
+        axes.vlines(own.mean(), height - 0.4, height + 0.4, color="black")
 
 
 def name_rows(axes, names, title):
