@@ -17,7 +17,6 @@ import argparse
 import csv
 import difflib
 import hashlib
-import io
 import math
 import os
 import re
@@ -27,6 +26,7 @@ import threading
 import unicodedata
 from collections import Counter, defaultdict, namedtuple
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +67,7 @@ def reading(path):
 
 def warn(line):
     """Print one line on standard error; the program goes on."""
-    print(f"warning: {line}", file=sys.stderr, flush=True)
+    print(f"warning: {line}", file=sys.stderr)
 
 
 def shorten(message, limit=200):
@@ -84,7 +84,7 @@ def shorten_list(words):
 
 def nearest(word, words):
     """Return ' (did you mean ...?)' for the one of `words` that is most like `word`, or ''."""
-    matches = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
+    matches = difflib.get_close_matches(word, words)
     return f" (did you mean {matches[0]}?)" if matches else ""
 
 
@@ -101,39 +101,34 @@ def split_commas(text):
 def run_main(main):
     """Run a script's main: every error that a person can cause ends in one line and status 2."""
     for stream in (sys.stdout, sys.stderr):     # a letter that cannot be shown must not end it
-        stream.reconfigure(errors="backslashreplace")
+        stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
-        status = main()
-        sys.stdout.flush()
+        sys.exit(main())
+    except BrokenPipeError:
+        os._exit(1)             # `| head` has seen enough: what is left to print is dropped
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        status = 130
-    except BrokenPipeError:                 # `| head` has seen enough: drop what is left to print
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 1
-    except (ValueError, OSError, RuntimeError) as error:
-        advice = ""
-        if isinstance(error, RuntimeError):
-            if "allocate" not in str(error):            # torch's word for too little memory
-                raise
-            advice = ("out of memory: lower train.learners_at_once, train.batch_size or "
-                      "evaluate.tokens (of a trained run in its config.yaml): ")
-        print(f"error: {advice}{shorten(error, 1000)}", file=sys.stderr)
-        status = 2
-    sys.exit(status)
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        line = shorten(error, 1000)
+    except torch.OutOfMemoryError as error:
+        line = ("out of memory: lower train.learners_at_once, train.batch_size or evaluate.tokens "
+                f"(of a trained run in its config.yaml): {shorten(error)}")
+    print(f"error: {line}", file=sys.stderr)
+    sys.exit(2)
 
 
 def make_parser(description, options):
     """-> an ArgumentParser of lines "--option META  help" or "--option META=default  help";
     without META an option is a flag."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    pattern = r"(--\S+)(?: (\w+)(?:=(\S+))?)?  +(.*)"
     for line in options.strip().splitlines():
-        option, meta, equals, default, text = re.fullmatch(
-            r"(--\S+) ?(\w*)(=?)(\S*)  +(.*)", line).groups()
-        kind = {"metavar": meta} if meta else {"action": "store_true"}
-        parser.add_argument(option, help=text, **kind)
-        if equals:
-            parser.set_defaults(**{option.removeprefix("--"): default})
+        option, meta, default, text = re.fullmatch(pattern, line).groups()
+        if meta:
+            parser.add_argument(option, metavar=meta, default=default, help=text)
+        else:
+            parser.add_argument(option, action="store_true", help=text)
     return parser
 
 
@@ -158,73 +153,54 @@ def read_tsv(path, labels=LABELS):
 
     Columns are found by name; without a column index_id, sentences are numbered. SIB-200 was
     written by pandas: a field that holds a quote is quoted and its quotes are doubled (7,688 of its
-    sentences), so this is CSV, read strictly. In a file that was written without quoting, a stray
-    quote lets one field swallow the lines after it. No field of SIB-200 holds a line break or a
-    tab, so such a field is refused, like anything else that is not clean: ValueError with file and
-    line (of a row of several lines the last). Empty lines are skipped.
+    sentences), so each line is CSV, read strictly. A sentence is one line: a stray quote cannot
+    swallow the lines after it. ValueError with file and line for anything that is not clean. Empty
+    lines are skipped.
     """
-    csv.field_size_limit(1 << 30)       # Python's own limit would hide what a stray quote swallows
-    text = io.StringIO(read_text(path), newline="")
-    rows = csv.DictReader(text, delimiter="\t", strict=True, restkey="more")
-    sentences = []
-    known_ids = set()
-    try:
-        columns = rows.fieldnames or []
-        check({"category", "text"}.issubset(columns),
-              f"the header must name the columns category and text, it is {columns[:6]}")
-        for row in rows:
-            check("more" not in row and None not in row.values(), f"must have {len(columns)} fields")
-            check(not re.search("[\t\r\n]", "".join(row.values())),
-                  "a field that ends here holds a line break or a tab: a stray quote? (a field with "
-                  "a quote must be quoted, its quotes doubled)")
-            label = tidy(row["category"])
-            check(label in labels, f"unknown category {label[:60]!r}, known are "
-                  f"{shorten_list(labels)}; other labels go into a file labels.txt beside the "
-                  f"languages, one on each line")
-            check(row["text"].strip(), "empty text")
-            index_id = row.get("index_id", str(len(sentences)))
-            check(index_id not in known_ids, f"index_id {index_id!r} was already used")
-            known_ids.add(index_id)
-            sentences.append(Sentence(index_id, labels.index(label), row["text"]))
-        check(sentences, "no sentence in this split")
-    except csv.Error as error:          # of the row that begins in the next line
-        raise ValueError(f"{path}:{rows.line_num + 1}: {error}") from None
-    except ValueError as error:
-        raise ValueError(f"{path}:{rows.line_num}: {error}") from None
-    return sentences
-
-
-def read_labels(path):
-    """Read a labels.txt -> tuple of names; ValueError unless two or more, without duplicates."""
-    names = tuple(filter(None, map(tidy, read_text(path).split("\n"))))
-    check(1 < len(names) == len(set(names)),
-          f"{path}: must name two or more labels, one on each line, without duplicates")
-    return names
+    columns = []
+    sentences = {}                      # by index_id
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        with reading(f"{path}:{number}"):
+            fields = next(csv.reader([line], delimiter="\t", strict=True))
+            if not columns:
+                columns = fields
+                check({"category", "text"}.issubset(columns),
+                      f"the header must name the columns category and text, it is {columns[:6]}")
+            elif fields:
+                check(len(fields) == len(columns), f"must have {len(columns)} fields")
+                row = dict(zip(columns, fields))
+                label = tidy(row["category"])
+                check(label in labels, f"unknown category {label[:40]!r}, known are "
+                      f"{shorten_list(labels)}; others go into labels.txt, one on each line")
+                check(row["text"].strip(), "empty text")
+                index_id = row.get("index_id", str(len(sentences)))
+                check(index_id not in sentences, f"index_id {index_id!r} was already used")
+                sentences[index_id] = Sentence(index_id, labels.index(label), row["text"])
+    check(sentences, f"{path}: no sentence in this split")
+    return list(sentences.values())
 
 
 class Corpus:
     """A folder <language>/{train,dev,test}.tsv; a file validation.tsv is a dev split too.
 
     .root is the folder, .files {language: {split: path}}, sorted, .labels the label names in the
-    order of their numbers. FileNotFoundError if there is no language, ValueError for a labels.txt
-    that is none.
+    order of their numbers. ValueError if there is no language.
     """
 
     def __init__(self, root):
         self.root = Path(root)
         self.files = defaultdict(dict)
-        self._sentences = {}                # path -> list of Sentence
         for path in sorted(self.root.glob("[!.]*/*.tsv")):
             split = path.stem.replace("validation", "dev")
             if split in SPLITS:
                 self.files[tidy(path.parent.name)].setdefault(split, path)
-        if not self.files:
-            raise FileNotFoundError(f"{root}: no folder <language>/{{train,dev,test}}.tsv here")
-        # those of labels.txt beside the languages, else of all languages' own, else SIB-200's
-        shared = list(self.root.glob("labels.txt"))
-        paths = shared or sorted(self.root.glob("*/labels.txt"))
-        named = dict.fromkeys(label for path in paths for label in read_labels(path))
-        self.labels = tuple(named) or LABELS
+        check(self.files, f"{root}: no folder <language>/{{train,dev,test}}.tsv here")
+        # the labels beside the languages, else of all languages' own, else SIB-200's
+        paths = list(self.root.glob("labels.txt")) or sorted(self.root.glob("*/labels.txt"))
+        names = []
+        for path in paths:
+            names += map(tidy, read_text(path).split("\n"))
+        self.labels = tuple(dict.fromkeys(filter(None, names))) or LABELS
 
     def splits(self, language):
         """Return {split: path} of a language; ValueError, with the nearest code, if it is unknown.
@@ -233,17 +209,14 @@ class Corpus:
               f"no language {language!r} in {self.root}{nearest(language, self.files)}")
         return self.files[language]
 
+    @cache
     def read(self, language, split):
-        """Return a list of Sentence; ValueError for an unknown language, FileNotFoundError for a
-        split that it does not have."""
+        """Return a list of Sentence; ValueError for an unknown language, or a split that it does
+        not have."""
         files = self.splits(language)
-        if split not in files:
-            raise FileNotFoundError(f"{self.root / language / split}.tsv: no such split; "
-                                    f"{language} has {', '.join(files)}")
-        path = files[split]
-        if path not in self._sentences:
-            self._sentences[path] = read_tsv(path, self.labels)
-        return self._sentences[path]
+        check(split in files, f"{self.root / language / split}.tsv: no such split; {language} has "
+                              f"{', '.join(files)}")
+        return read_tsv(files[split], self.labels)
 
     def read_any(self, language, split):
         """Return a list of Sentence, empty if the language does not have this split."""
@@ -266,25 +239,20 @@ def find_leaks(corpus, sources, targets):
     targets that are in either, found by text or by index_id.
     """
     lines = []
-    places = defaultdict(set)               # (what, its value) -> {"train of eng_Latn", ...}
-    for seen, split, languages in (("train", "dev", sources), ("dev", "test", targets)):
-        for code in sources:
-            for sentence in corpus.read_any(code, seen):
-                for what in ("text", "index_id"):
-                    places[what, getattr(sentence, what)].add(f"{seen} of {code}")
-        for code in languages:
-            sentences = corpus.read_any(code, split)
-            size = len(sentences)
-            # ids that merely number the lines of each file say nothing
-            numbered = size and sentences[-1].index_id in (str(size), str(size - 1))
-            for what in ("text",) if numbered else ("text", "index_id"):
-                found = Counter()
-                for sentence in sentences:
-                    found.update(places.get((what, getattr(sentence, what)), ()))
-                for place, count in found.most_common(1):
-                    if count > LEAK * size:
-                        lines.append(f"{count} of {size} {split} sentences of {code} are also in "
-                                     f"{place}, by their {what}")
+    for what in ("text", "index_id"):
+        places = {}                     # a text or index_id -> "train of eng_Latn"
+        for seen, split, languages in (("train", "dev", sources), ("dev", "test", targets)):
+            for code in sources:
+                for sentence in corpus.read_any(code, seen):
+                    places.setdefault(getattr(sentence, what), f"{seen} of {code}")
+            for code in languages:
+                values = [getattr(sentence, what) for sentence in corpus.read_any(code, split)]
+                found = [places[value] for value in values if value in places]
+                size = len(values)
+                # ids that merely number the lines of each file say nothing
+                if len(found) > LEAK * size and values[-1] not in (str(size), str(size - 1)):
+                    lines.append(f"{len(found)} of {size} {split} sentences of {code} are also in "
+                                 f"{shorten_list(sorted(set(found)))}, by their {what}")
     return lines
 
 
@@ -302,8 +270,7 @@ def tokenize(texts, tokenizer, max_length):
     for start in range(0, len(texts), TEXTS_AT_ONCE):
         part = texts[start:start + TEXTS_AT_ONCE]
         with TOKENIZER_LOCK, reading("the backbone's tokenizer fails"):
-            rows = tokenizer(part, truncation=True, max_length=max_length,
-                             return_attention_mask=False, return_token_type_ids=False)
+            rows = tokenizer(part, truncation=True, max_length=max_length)
         encoded += [np.array(ids, dtype=np.int32) for ids in rows["input_ids"]]
     return encoded
 
@@ -352,7 +319,6 @@ def length_batches(lengths, batch_size, seed, epoch):
     epoch alone, only the noise on the seed: at step i the learners of all seeds have batches of
     one size and of about the same lengths, so that joining them adds little padding.
     """
-    lengths = np.asarray(lengths)
     noise = np.random.default_rng([seed, epoch]).random(len(lengths))
     order = np.argsort(lengths + LENGTH_NOISE * lengths.mean() * noise, kind="stable")
 
@@ -361,8 +327,7 @@ def length_batches(lengths, batch_size, seed, epoch):
     shared_random = np.random.default_rng(epoch)
     count = math.ceil(len(lengths) / batch_size)
     sizes = np.full(count, batch_size)
-    small = shared_random.integers(count)
-    sizes[small] = len(lengths) - (count - 1) * batch_size
+    sizes[shared_random.integers(count)] -= count * batch_size - len(lengths)
     batches = np.split(order, np.cumsum(sizes)[:-1])
     return [batches[i] for i in shared_random.permutation(count)]
 
@@ -379,17 +344,16 @@ def token_batches(lengths, budget, extra=0):
     A batch has at most `budget` positions, padding and `extra` prompt rows of each text included;
     a text that is longer than the budget is a batch of its own.
     """
-    order = np.argsort(-np.asarray(lengths), kind="stable")
-    sizes = np.asarray(lengths)[order] + extra
+    sizes = np.asarray(lengths) + extra
+    order = np.argsort(-sizes, kind="stable")
     batches = []
-    start = 0
-    while start < len(order):
-        longest = sizes[start]
+    while len(order):
+        longest = sizes[order[0]]
         fit = max(1, budget // longest)
-        similar = np.count_nonzero(sizes[start:start + fit] >= NEARLY_AS_LONG * longest)
-        end = start + max(similar, min(fit, FREE_TEXTS))
-        batches.append(order[start:end])
-        start = end
+        similar = np.count_nonzero(sizes[order[:fit]] >= NEARLY_AS_LONG * longest)
+        count = max(similar, min(fit, FREE_TEXTS))
+        batches.append(order[:count])
+        order = order[count:]
     return batches
 
 
@@ -403,43 +367,34 @@ def locate(where, kind="model", patterns=None):
     folder nor for a mistyped path (a missing folder in one that exists). On the hub, kind is
     "dataset" or "model"; the files that match `patterns` come in one snapshot, and the revision is
     the commit. Without patterns the name itself is returned, for transformers to fetch.
-    FileNotFoundError in one line.
+    ValueError in one line.
     """
     name = where["name"]
     revision = where["revision"]
-    path = Path(name).expanduser()
-    for folder in (Path(where.get("folder", path)), path, HERE / name):
+    for place in (where.get("folder", name), name, HERE / name):
+        folder = Path(place).expanduser()
         if folder.is_dir():
             folder = folder.resolve()
             return folder, {"name": name, "revision": "local", "folder": str(folder)}
     # only a few backbones have a name without an owner
     on_hub = re.fullmatch(r"\w[\w.-]*/[\w.-]+" if patterns else r"\w[\w.-]*(/[\w.-]+)?", name)
-    mistyped = path.parent != Path(".") and path.parent.is_dir()
-    if not on_hub or revision == "local" or mistyped:
-        raise FileNotFoundError(f"{name}: no such folder in {Path.cwd()}")
+    mistyped = "/" in name and Path(name).parent.is_dir()
+    check(on_hub and revision != "local" and not mistyped, f"{name}: no such folder in {Path.cwd()}")
     if patterns is None:
         return name, {"name": name, "revision": revision}
     import huggingface_hub
-    try:
-        folder = Path(huggingface_hub.snapshot_download(name, repo_type=kind, revision=revision,
-                                                        allow_patterns=patterns))
-    except Exception as error:              # the client's own, httpx's and the system's
-        raise FileNotFoundError(f"{name} (revision {revision}): {why_not_on_hub(error)}") from None
+    with reading(f"{name}: not a folder here, and the hub does not give it (offline? --data FOLDER "
+                 f"takes a copy; private or gated? `hf auth login` first)"):
+        folder = Path(huggingface_hub.snapshot_download(
+            name, repo_type=kind, revision=revision, allow_patterns=patterns))
     return folder, {"name": name, "revision": folder.name}
-
-
-def why_not_on_hub(error):
-    """What an error of the hub's client means for the user, in one line."""
-    return (f"not a folder here, and the hub does not give it: {type(error).__name__}: "
-            f"{shorten(error, 160)} (offline? --data FOLDER and --backbone FOLDER take a copy; "
-            f"private or gated? `hf auth login` first)")
 
 
 def open_corpus(where):
     """Name and revision of a corpus -> (Corpus, identity). For both, and errors, see `locate`."""
     folder, identity = locate(where, "dataset", ["data/*.tsv", "data/*labels.txt"])
     if (folder / "data").is_dir():
-        folder = folder / "data"
+        folder /= "data"
     return Corpus(folder), identity
 
 
@@ -447,21 +402,20 @@ def open_corpus(where):
 
 def main(argv=None):
     """Count the sentences of all languages."""
-    options = "--data DIR  folder <language>/{train,dev,test}.tsv, or a dataset on the hub"
+    options = "--data DIR=.  folder <language>/{train,dev,test}.tsv, or a dataset on the hub"
     parser = make_parser("Check and count the sentences of a corpus.", options)
     args = parser.parse_args(argv)
-    check(args.data, "--data is missing")
     corpus, _ = open_corpus({"name": args.data, "revision": "main"})
     labels = Counter()
     for split in SPLITS:
         sizes = []
         for code in corpus.files:
             sentences = corpus.read_any(code, split)
-            labels.update(sentence.label for sentence in sentences)
+            labels.update(corpus.labels[sentence.label] for sentence in sentences)
             sizes.append(len(sentences))
         print(f"{split:>5}: {min(sizes)} to {max(sizes)} sentences a language, "
               f"{sum(sizes):,} in all")
-    counts = [f"{label} {labels[number]:,}" for number, label in enumerate(corpus.labels)]
+    counts = [f"{label} {labels[label]:,}" for label in corpus.labels]
     print(f"{len(corpus.files)} languages ({shorten_list(list(corpus.files))}), "
           f"{len(counts)} labels: {', '.join(counts)}")
     for line in find_leaks(corpus, corpus.files, corpus.files):

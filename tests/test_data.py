@@ -48,8 +48,8 @@ def test_texts_come_back_as_written(tmp_path, start, line_end):
 
 
 @pytest.mark.parametrize("content, message", [
-    ("", "test.tsv:0: the header must name the columns category and text, it is []"),
-    (HEAD, "test.tsv:1: no sentence in this split"),
+    ("", "test.tsv:1: the header must name the columns category and text, it is []"),
+    (HEAD, "test.tsv: no sentence in this split"),
     ("1\ttravel\ta\n", "test.tsv:1: the header must name the columns category and text, it is ['1'"),
     (GOOD + "3\ttravels\ta\n", "test.tsv:4: unknown category 'travels', known are science/tech"),
     (GOOD + "3\ttravel\n", "test.tsv:4: must have 3 fields"),
@@ -57,10 +57,8 @@ def test_texts_come_back_as_written(tmp_path, start, line_end):
     (GOOD + "\n2\ttravel\ta\n", "test.tsv:5: index_id '2' was already used"),
     (GOOD + "3\ttravel\t\udcff\n", "test.tsv:4: not valid UTF-8 (invalid start byte)"),
     ("\udcff\udcfei\0n\0", "test.tsv:1: not valid UTF-8"),
-    (GOOD + '3\ttravel\t"Yes\n4\ttravel\tno"\n', "test.tsv:5: a field that ends here holds a "),
-    (GOOD + '\n3\ttravel\t"Yes\n4\ttravel\tno\n', "test.tsv:5: unexpected end of data"),
-    (GOOD + '3\ttravel\t"Yes" he said\n', "test.tsv:4: ' ' expected after '\"'"),
-    (GOOD + '3\ttravel\t"a\tb"\n', "test.tsv:4: a field that ends here holds a line break or a")])
+    (GOOD + '3\ttravel\t"Yes\n4\ttravel\tno"\n', "test.tsv:4: unexpected end of data"),
+    (GOOD + '3\ttravel\t"Yes" he said\n', "test.tsv:4: ' ' expected after '\"'")])
 def test_a_bad_file(tmp_path, content, message):
     """Catches: sentences that are skipped, or swallowed by a stray quote; an error that does not
     say where."""
@@ -83,8 +81,6 @@ def test_a_bad_file(tmp_path, content, message):
      "3 labels: health 1, travel 1, art 0"),
     ({"a/labels.txt": "travel\nart\n", "labels.txt": "art\nhealth\ntravel\n"},
      "3 labels: art 0, health 1, travel 1"),
-    ({"labels.txt": "a\n"}, "FOLDER/labels.txt: must name two or more labels"),
-    ({"labels.txt": "a\nb\na\n"}, "FOLDER/labels.txt: must name two or more labels"),
     ({"labels.txt": "e\u0301\n\u0958\n", "a/dev.tsv": HEAD + "1\t \u00e9\tx\n2\t\u0915\u093c\ty"},
      "2 labels: \u00e9 1, \u0915\u093c 1"),
     # sentences that are not new
@@ -113,7 +109,7 @@ def test_a_corpus(tmp_path, files, expected):
 def test_what_a_corpus_lacks(tmp_path, language, message):
     """Catches: a missing split read as empty, a code that leaves the folder."""
     write(tmp_path, {"eng_Latn/test.tsv": GOOD})
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
+    with pytest.raises(ValueError, match=message):
         data.Corpus(tmp_path).read(language, "dev")
 
 
@@ -197,9 +193,9 @@ def test_a_mistyped_path_does_not_ask_the_hub(monkeypatch, hub):
     """Catches: minutes of waiting for a repository that nobody meant, or its download."""
     monkeypatch.chdir(data.HERE)
     for name in ("/no/where", "nowhere", "a/b/c", "../no-where", "tests/dta"):
-        with pytest.raises(FileNotFoundError, match=f"^{name}: no such folder in"):
+        with pytest.raises(ValueError, match=f"^{name}: no such folder in"):
             data.open_corpus({"name": name, "revision": "main"})
-    with pytest.raises(FileNotFoundError, match="^some/corpus: no such folder in"):
+    with pytest.raises(ValueError, match="^some/corpus: no such folder in"):
         data.open_corpus({"name": "some/corpus", "revision": "local"})
     assert hub == []
 
@@ -218,7 +214,7 @@ def test_a_corpus_is_a_folder_or_on_the_hub(monkeypatch, hub, tmp_path):
     assert (found.root, identity["revision"]) == (folder, tmp_path.name)
     assert hub == [("some/corpus", dict(repo_type="dataset", revision="v1", allow_patterns=[
         "data/*.tsv", "data/*labels.txt"]))]
-    with pytest.raises(FileNotFoundError, match="^some/missing .*: ConnectionError: cannot reach"):
+    with pytest.raises(ValueError, match="^some/missing: .* the hub does not .*: cannot reach it"):
         data.open_corpus({"name": "some/missing", "revision": "v1"})
 
 
