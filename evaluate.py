@@ -31,7 +31,7 @@ import xpe
 from backbone import load_backbone, pick_device, pick_precision, place
 from config import dump_config, resolve_group, resolve_targets
 from data import (check, collate, decode, encode, fingerprint, make_parser,
-                  open_corpus, reading, run_main, shorten_list, split_commas, token_batches, warn)
+                  open_corpus, reading, run_main, split_commas, token_batches, warn)
 from runs import (Run, method_name, read_json, read_tensors, save_prompt, write_atomically,
                   write_csv, write_json)
 
@@ -190,7 +190,7 @@ class Scores:
     .told: what became of them, for the user.
     """
 
-    def __init__(self, run, split, languages, out):
+    def __init__(self, run, split, languages, out, again):
         corpus, _ = open_corpus(run.meta["data"])
         labels = run.meta["labels"]
         check(list(corpus.labels) == labels,
@@ -201,9 +201,9 @@ class Scores:
         self.folder = None if languages or run.changed else run.results
         if out:
             self.folder = Path(out).expanduser() / run.name
-            check(not (self.folder / "metrics.jsonl").is_file() or
-                  self.folder.resolve() == run.folder,
-                  f"{self.folder}: is another trained run; --out names another folder")
+            check(again or not self.folder.exists(),
+                  f"{self.folder} exists; --again writes over it")
+            self.folder.mkdir(parents=True, exist_ok=True)
         if not languages and "adapted_to" in run.meta:
             languages = [run.meta["adapted_to"]]
         languages = languages or [code for code in corpus.files
@@ -217,17 +217,11 @@ class Scores:
         self.told = "not written: --out FOLDER keeps the scores"
 
     def read(self):
-        """Take what an earlier call left, if its facts were the same. Raises ValueError where
-        scores of other languages would be lost."""
+        """Take what an earlier call left in the folder, if its facts were the same."""
         path = self.folder / f"{self.split}.json"
         earlier = read_json(path) if path.is_file() else {}
-        lines = earlier.get("lines", [])
-        codes = {code for code, _ in self.sentences}
-        lost = [line["language"] for line in lines if line["language"] not in codes]
-        check(not lost, f"{path}: has scores of {shorten_list(lost)}, which would be lost; --out "
-                        f"names another folder, --again writes over them")
         if all(earlier.get(fact) == value for fact, value in self.facts.items()):
-            self.lines = lines
+            self.lines = earlier["lines"]
             self.told = f"{self.folder}: scored already; --again scores it again"
 
     def take(self, probabilities):
@@ -314,16 +308,12 @@ def score_runs(runs, split, languages, device, amp="auto", out=None, again=True)
     languages: codes, by default all (of an adapted prompt its own). Files go to `out`/<name of the
     run>, by default to each run's own folder. If `languages` are given, or backbone or data are not
     the run's own, nothing is written unless `out` is given. again=False: a run with scores of the
-    same prompt, data and backbone is shown, not computed. Raises, before anything is computed,
-    ValueError where two runs would write to one folder and, with again=False, where scores of other
-    languages would be lost.
+    same prompt, data and backbone is shown, not computed, and what is in `out` is not written over
+    (ValueError).
     """
-    scores = [Scores(run, split, languages, out) for run in runs]
-    kept = [own for own in scores if own.folder]
-    check(len({own.folder for own in kept}) == len(kept), "two runs would write to the same "
-          "folder; score them separately, each with its own --out")
-    if not again:
-        for own in kept:
+    scores = [Scores(run, split, languages, out, again) for run in runs]
+    for own in scores:
+        if own.folder and not again:
             own.read()
     for group in group_scores([own for own in scores if not own.lines]):
         classifier = Classifier([own.run for own in group], device, amp)
