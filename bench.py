@@ -2,28 +2,35 @@
 
 No part of the paper: nothing else imports this file. Contenders take turns in one process, because
 machines drift: read the ratios, which are of tokens a second (prompt rows counted, padding not) and
-medians over the turns. Texts are a corpus's, the sources of sample/config.yaml; the backbone's
-weights are random, which changes no speed.
+medians over the turns. All options but its own are train.py's; texts, backbone and sizes are those
+of the job that they describe, by default sample/config.yaml's.
 
     ours x K      train.py's own loop: XPE, K learners in one pass
     floor         the bare backbone on as many texts of equal length, forward, and in training
-                  backward to its input: without padding, mask, prompt, head or optimizer
+                  backward to its input: without padding, mask, prompt, head or optimizer; its
+                  weights are random, which changes no speed
     toolkit       micm-nlp, the authors' library, on transformers' Trainer, with the batches of
                   ours x 1 (pip install micm-nlp)
     evaluation    evaluate.py's predict() on the sentences of ours x 1; its floor goes forward only
 
     python bench.py --learners 1,10,toolkit
-    python bench.py --size large --data Davlan/sib200 --backbone FacebookAI/xlm-roberta-large
+    python bench.py --data Davlan/sib200 --backbone FacebookAI/xlm-roberta-large
     python bench.py --steps 20 --turns 5 --set train.amp=off    # --steps: K x steps of a turn
 
-All other options are train.py's; of the backbone that they name only the tokenizer is used.
+A backbone of another size, without its weights:
+
+    config = transformers.XLMRobertaConfig(vocab_size=250002, hidden_size=1024,
+                                           num_hidden_layers=24, num_attention_heads=16,
+                                           intermediate_size=4096)
+    transformers.XLMRobertaModel(config).save_pretrained("large")
+    transformers.AutoTokenizer.from_pretrained(NAME_OR_FOLDER).save_pretrained("large")
 
 Measured with the seven sources of Joshi5 and a floor of the size of each contender (the line shows
 that of ours x 1): torch 2.13, transformers 5.23, micm-nlp 0.5.1; texts of SIB-200; one thread; no
 other program running.
 
-    --size tiny --learners 1,10,toolkit --steps 20 --turns 5, with a tokenizer of 12,000 word
-    pieces, on a CPU without bf16 instructions (AMD EPYC, AVX2): float32, sdpa
+    --learners 1,10,toolkit --steps 20 --turns 5, 3 layers x 192 with 12,000 word pieces, on a CPU
+    without bf16 instructions (AMD EPYC, AVX2): float32, sdpa
                 sentences/s  of floor
     floor                71      1.00
     ours x 1            101      1.33
@@ -31,9 +38,8 @@ other program running.
     toolkit              71      0.87
     evaluation          319      1.37
 
-    --size tiny --learners 1,3,10,toolkit --steps 100 --turns 3, with the tokenizer of
-    multilingual-e5-small (XLM-R's vocabulary), on a CPU with bf16 instructions (AMD EPYC,
-    AVX512-bf16): bf16, eager (the toolkit: sdpa in autocast)
+    --learners 1,3,10,toolkit --steps 100 --turns 3, 3 layers x 192 with XLM-R's vocabulary, on a
+    CPU with bf16 instructions (AMD EPYC, AVX512-bf16): bf16, eager (the toolkit: sdpa in autocast)
     floor               264      1.00
     ours x 1            369      1.32
     ours x 3            379      1.45
@@ -45,7 +51,6 @@ Ten learners take a tenth of the steps of a turn, and these happen to be of long
 the ratios, not sentences a second. Ours is faster than the bare backbone because its last layer
 computes one position and its dropout is cheap: see speed.py. No GPU has been measured.
 """
-import math
 import tempfile
 
 import numpy as np
@@ -53,51 +58,34 @@ import transformers
 from torch.utils.benchmark import timer         # time.perf_counter, which waits for the GPU first
 
 import train
-from backbone import first_position_only, pick_attention, pick_device, pick_precision, place
-from data import HERE, length_batches, locate, make_parser, run_main
+from backbone import pick_device, pick_precision, place
+from data import HERE, length_batches, make_parser, run_main
 from evaluate import predict
 
-SIZES = {               # layers, width, attention heads
-    "tiny": (3, 192, 4),                # as sample/backbone
-    "small": (6, 256, 4),
-    "base": (12, 768, 12),              # XLM-R-base
-    "large": (24, 1024, 16),            # XLM-R-large, the paper's
-}
 BATCH = 32              # sentences
 P = 20                  # prompt rows
 
 
-def read_job(size, options):
-    """What all contenders share -> train.read_job's namespace for train.py's `options`.
+def read_job(options):
+    """What all contenders share -> the namespace of train.read_job and train.prepare_backbone.
 
-    More in it: tokenizer; task, see train.Task; whole, a random backbone, and backbone, the same
-    with its last layer cut down to position 0.
+    More in it: task, see train.Task; whole, a backbone whose last layer computes all positions.
     """
     args = train.parse_arguments(["--mode", "xpe", "--sources", f"{HERE}/sample/config.yaml",
-                                  "--set", "evaluate.after_training=false", *options])
+                                  "--set", "evaluate.after_training=false",
+                                  "--set", "train.evaluate_every=0",
+                                  "--set", "train.checkpoint_every=999999", *options])
     job = train.read_job(args)
     job.device = pick_device(args.device)
     job.cfg["amp"] = pick_precision(job.cfg["amp"], job.device)
     job.quiet = True
     job.arrived = []
-    settings = job.config["backbone"]
-    job.tokenizer = transformers.AutoTokenizer.from_pretrained(locate(settings)[0])
-    job.pad_id = job.tokenizer.pad_token_id
+    train.prepare_backbone(job)
     job.task = train.Task(job.corpus, job.languages, job.tokenizer, job.max_length, job.cfg)
     job.task.ids["dev"] = job.task.ids["dev"][:1]       # the loop ends with an evaluation
-
-    layers, width, heads = SIZES[size]
-    classes = len(job.corpus.labels)
-    job.prompt["width"] = width
-    job.head = {"width": width, "classes": classes}
-    config = transformers.XLMRobertaConfig(
-        vocab_size=len(job.tokenizer), hidden_size=width, num_hidden_layers=layers,
-        num_attention_heads=heads, intermediate_size=4 * width, num_labels=classes)
-    attention = pick_attention(settings["attention"], job.device, job.cfg["amp"])
-    job.whole = transformers.AutoModel.from_config(
-        config, add_pooling_layer=False, attn_implementation=attention)
-    # before the weights are converted: in bf16 the check of equal states would fail
-    job.backbone = first_position_only(job.whole)
+    config = job.backbone.config
+    config.num_labels = len(job.corpus.labels)          # of the toolkit's model
+    job.whole = transformers.AutoModel.from_config(config).requires_grad_(False)
     return job
 
 
@@ -114,19 +102,17 @@ def start_training(job, K, steps):
     return learners, train.join_learners(learners, job.backbone, job.reads)
 
 
-def epoch_of(job, seed):
-    """The batches of a learner's first epoch, as train.py cuts them."""
-    return length_batches(job.task.lengths, BATCH, seed, epoch=0)
-
-
 def make_ours(job, K, steps):
     """train.py's loop with K learners in one pass; steps: of all together."""
-    orders = [epoch_of(job, seed)[:steps // K] for seed in range(K)]
-    indices = np.concatenate(sum(orders, []))
-    count = len(orders[0])
+    batches = []
+    for seed in range(K):
+        order = length_batches(job.task.lengths, BATCH, seed, epoch=0)
+        batches += order[:steps // K]
+    indices = np.concatenate(batches)
+    count = len(batches) // K
 
     def run():
-        job.cfg.update(steps=count, evaluate_every=0, checkpoint_every=count + 1)
+        job.cfg["steps"] = count
         learners, model = start_training(job, K, count)
         train.train(learners, model, job, checkpoint=None)
 
@@ -136,7 +122,7 @@ def make_ours(job, K, steps):
 def make_floor(job, lengths, trains):
     """The backbone alone, on batches of texts that are all of the mean length: no padding."""
     T = round(lengths.mean())
-    count = math.ceil(len(lengths) / BATCH)
+    count = 1 + len(lengths) // BATCH
     weight = job.whole.get_input_embeddings().weight
 
     def run():
@@ -171,8 +157,7 @@ def make_toolkit(job, batches):
         use_cpu=job.device.type == "cpu", save_strategy="no", disable_tqdm=True)
     collator = transformers.DataCollatorWithPadding(job.tokenizer)
     trainer = transformers.Trainer(model, arguments, collator, texts)
-    # without what comes before step 1
-    return task.lengths[indices], lambda: trainer.train().metrics["train_runtime"]
+    return task.lengths[indices], trainer.train
 
 
 # ---- Measuring -----------------------------------------------------------------------------------
@@ -184,7 +169,8 @@ def measure(title, contenders, turns):
     for _ in range(1 + turns):
         for name, (lengths, run) in contenders.items():
             start = timer()
-            seconds = run() or timer() - start      # only the toolkit measures for itself
+            run()
+            seconds = timer() - start
             tokens = (P + lengths).sum()
             rates[name].append(tokens / seconds)
     print(f"\n{title:<12}  sentences/s  of floor")
@@ -198,7 +184,6 @@ def measure(title, contenders, turns):
 # ---- The command ---------------------------------------------------------------------------------
 
 OPTIONS = """
---size NAME=tiny  tiny, small, base or large
 --learners LIST=1,3,10  K of ours, and toolkit, separated by commas
 --steps N=999999  K x steps of one turn; an epoch's at most
 --turns N=3  turns of each contender
@@ -211,12 +196,13 @@ def main(argv=None):
     args, options = parser.parse_known_args(argv)
     steps = int(args.steps)
     turns = int(args.turns)
-    job = read_job(args.size, options)
+    job = read_job(options)
     _, model = start_training(job, 1, 1)
     job.autocast = place(model, job.device, job.cfg["amp"])
-    print(args.size, job.device, job.cfg["amp"], job.whole.config._attn_implementation)
+    job.whole.to(job.device, job.backbone.dtype)
+    print(job.device, job.cfg["amp"], job.whole.config._attn_implementation)
 
-    batches = epoch_of(job, 0)[:steps]
+    batches = length_batches(job.task.lengths, BATCH, seed=0, epoch=0)[:steps]
     indices = np.concatenate(batches)
     lengths = job.task.lengths[indices]
     training = {"floor": make_floor(job, lengths, trains=True)}

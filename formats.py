@@ -14,8 +14,15 @@ from safetensors.torch import save
 from data import check, locate, reading
 from runs import read_json, read_tensors, restore_prompt, write_atomically, write_json
 
-# Their names of encoder_reparameterization_type, and ours of prompt.encoder
-ENCODERS_OF_THE_AUTHORS = {"MLP": "mlp", "LSTM": "lstm", "ATTN": "attention", "NONE": "none"}
+# Their names of settings, and ours
+SETTINGS_OF_THE_AUTHORS = {
+    "num_virtual_tokens": "length",
+    "encoder_ratio": "ratio",
+    "encoder_hidden_size": "hidden",
+    "encoder_num_layers": "layers",
+    "encoder_dropout": "dropout",
+    "encoder_num_heads": "heads",
+}
 
 # Their names of tensors, and ours. Inside the encoder all names are equal.
 NAMES_OF_THE_AUTHORS = {
@@ -28,9 +35,6 @@ NAMES_OF_THE_AUTHORS = {
     "prompt_encoder.xpe_embedding.weight": "prompt.encoded",
     "prompt_encoder.xpe_head.": "prompt.encoder.",
 }
-
-# transformers' model types with RoBERTa's classification head, which is ours
-LIKE_ROBERTA = ("camembert", "roberta", "xlm-roberta", "xlm-roberta-xl")
 
 
 def read_authors(folder):
@@ -48,7 +52,6 @@ def read_authors(folder):
         for name, tensor in saved.items():
             for theirs, ours in NAMES_OF_THE_AUTHORS.items():
                 name = name.replace(theirs, ours)
-            check(name not in tensors, f"there are two tensors for {name}")
             tensors[name] = tensor
         # authors' code: in the files that came with the paper, `embedding` of an XPE is encoded
         if config["encoder_ratio"] == 1 and "prompt.encoded" not in tensors:
@@ -61,35 +64,24 @@ def read_authors(folder):
 def meta_of_the_authors(config, out_proj):
     """What our prompt.json would say, from their adapter_config.json and a tensor (C, H)."""
     classes, width = out_proj.shape
-    ratio = config["encoder_ratio"]
-    encoder = config["encoder_reparameterization_type"]
-    # a plain soft prompt may leave out what it has no encoder for
-    prompt = {
-        "width": config.get("token_dim") or width,
-        "length": config["num_virtual_tokens"],
-        "ratio": ratio,
-        "encoder": ENCODERS_OF_THE_AUTHORS.get(encoder, encoder),
-    }
-    prompt["hidden"] = config.get("encoder_hidden_size") or 0
-    prompt["layers"] = config.get("encoder_num_layers") or 2
-    prompt["dropout"] = config.get("encoder_dropout") or 0.0
-    prompt["heads"] = config.get("encoder_num_heads") or 8
-    backbone = {
-        "name": str(config.get("base_model_name_or_path")),
-        "revision": str(config.get("revision") or "main"),
-        "type": "xlm-roberta",
-    }
-    kind = {0: "spt", 1: "xpe"}.get(ratio, "dual")
-    head = {"width": width, "classes": classes, "dropout": 0.1}
-    labels = [str(number) for number in range(classes)]
+    encoder = config["encoder_reparameterization_type"].lower()     # MLP, LSTM, ATTN or NONE
+    prompt = {"width": width, "encoder": encoder.replace("attn", "attention")}
+    for theirs, ours in SETTINGS_OF_THE_AUTHORS.items():
+        # a plain soft prompt may leave out what it has no encoder for
+        if config.get(theirs) is not None:
+            prompt[ours] = config[theirs]
     return {
-        "kind": kind,
+        "kind": {0: "spt", 1: "xpe"}.get(config["encoder_ratio"], "dual"),
         "reads": "prompt",
         "prompt": prompt,
-        "head": head,
-        "labels": labels,
+        "head": {"width": width, "classes": classes, "dropout": 0.1},
+        "labels": [str(number) for number in range(classes)],
         "max_length": 164,      # authors' code: their setting for SIB-200; the files do not say it
-        "backbone": backbone,
+        "backbone": {
+            "name": str(config.get("base_model_name_or_path")),
+            "revision": config.get("revision") or "main",
+            "type": "xlm-roberta",
+        },
         "training": {},
     }
 
@@ -109,10 +101,10 @@ def export_peft(folder, prompt, head, meta):
     FileExistsError for a folder that exists.
     """
     backbone = meta["backbone"]
-    check(prompt is not None and meta["reads"] == "prompt",
+    check(meta["reads"] == "prompt",        # so it has one
           f"peft has no form for a {meta['kind']} run whose head reads {meta['reads']!r}")
-    check(backbone.get("type") in LIKE_ROBERTA,
-          f"peft would put this head into a {backbone.get('type')} model, whose head is different")
+    check("roberta" in backbone["type"],
+          f"peft would put this head into a {backbone['type']} model, whose head is different")
     name = backbone["name"]
     revision = backbone["revision"]
     if revision == "local":         # the export must load from any other folder, too
@@ -132,8 +124,6 @@ def export_peft(folder, prompt, head, meta):
         "base_model_name_or_path": name,
         "revision": revision,
         "num_virtual_tokens": prompt.length,
-        "num_transformer_submodules": 1,
         "token_dim": prompt.config["width"],
-        "inference_mode": True,
     }
     write_json(folder / "adapter_config.json", config)

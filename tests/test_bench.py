@@ -19,7 +19,6 @@ def test_bench_times_what_it_counts(monkeypatch, tmp_path):
     monkeypatch.setattr(train, "collate", noting)
     real = bench.measure
     monkeypatch.setattr(bench, "measure", lambda *table: tables.append(table) or real(*table))
-    monkeypatch.setitem(bench.SIZES, "tiny", (2, 16, 2))
     monkeypatch.chdir(tmp_path)
     options = "--learners 1,2 --steps 4 --turns 1 --device cpu --set train.amp=off"
     assert bench.main(options.split()) == 0
