@@ -302,7 +302,7 @@ def group_scores(scores):
     return groups.values()
 
 
-def score_runs(runs, split, languages, device, amp="auto", out=None, again=True):
+def score_runs(runs, split, languages, device, amp="auto", out=None, again=False):
     """Score runs and print tables -> list of Scores.
 
     languages: codes, by default all (of an adapted prompt its own). Files go to `out`/<name of the

@@ -7,11 +7,13 @@ The rest of the project works without this file. It is used by
 
 The tensors are the paper's in all of them; only their names differ.
 """
+import re
 from pathlib import Path
 
 from safetensors.torch import save
 
-from data import check, locate, reading
+from config import read_config, resolve_group
+from data import LABELS, check, locate, reading, warn
 from runs import read_json, read_tensors, restore_prompt, write_atomically, write_json
 
 # Their names of settings, and ours
@@ -37,12 +39,13 @@ NAMES_OF_THE_AUTHORS = {
 }
 
 
-def read_authors(folder):
+def read_authors(folder, name):
     """Read a prompt of the authors' release or of their toolkit, as `runs.load_prompt` reads ours.
 
-    -> (modules, meta). The folder holds adapter_config.json and
-    adapter_model.safetensors. Their files do not name the labels: these become "0", "1", ...
-    Raises FileNotFoundError for a missing file, ValueError with the path for anything else.
+    -> (modules, meta). The folder holds adapter_config.json and adapter_model.safetensors. Their
+    files name neither labels nor sources nor seed: seven labels are SIB-200's, others become "0",
+    "1", ...; the rest is in `name`, of repository and branch. Raises FileNotFoundError for a missing
+    file, ValueError with the path for anything else.
     """
     path = Path(folder) / "adapter_config.json"
     config = read_json(path)
@@ -56,14 +59,18 @@ def read_authors(folder):
         # authors' code: in the files that came with the paper, `embedding` of an XPE is encoded
         if config["encoder_ratio"] == 1 and "prompt.encoded" not in tensors:
             tensors["prompt.encoded"] = tensors.pop("prompt.standard")
-        meta = meta_of_the_authors(config, tensors["head.out_proj.weight"])
-        modules = restore_prompt(meta, tensors)
-    return modules, meta
+        meta = meta_of_the_authors(config, tensors["head.out_proj.weight"], name)
+        return restore_prompt(meta, tensors), meta
 
 
-def meta_of_the_authors(config, out_proj):
+def meta_of_the_authors(config, out_proj, name):
     """What our prompt.json would say, from their adapter_config.json and a tensor (C, H)."""
     classes, width = out_proj.shape
+    labels = list(LABELS) if classes == len(LABELS) else [str(number) for number in range(classes)]
+    group = re.search("-(seen|joshi5)", name)
+    if not group:
+        warn(f"{name}: no source group in this name; joshi5 is assumed")
+    seed = re.search(r"seed-0*(\d+)", name)
     encoder = config["encoder_reparameterization_type"].lower()     # MLP, LSTM, ATTN or NONE
     prompt = {"width": width, "encoder": encoder.replace("attn", "attention")}
     for theirs, ours in SETTINGS_OF_THE_AUTHORS.items():
@@ -72,10 +79,12 @@ def meta_of_the_authors(config, out_proj):
             prompt[ours] = config[theirs]
     return {
         "kind": {0: "spt", 1: "xpe"}.get(config["encoder_ratio"], "dual"),
+        "sources": resolve_group(read_config(), group[1] if group else "joshi5"),
+        "seed": int(seed[1]) if seed else 1,
         "reads": "prompt",
         "prompt": prompt,
         "head": {"width": width, "classes": classes, "dropout": 0.1},
-        "labels": [str(number) for number in range(classes)],
+        "labels": labels,
         "max_length": 164,      # authors' code: their setting for SIB-200; the files do not say it
         "backbone": {
             "name": str(config.get("base_model_name_or_path")),

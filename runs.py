@@ -3,8 +3,7 @@
 No part of the paper. A run folder holds prompt.safetensors (the trained tensors), prompt.json (how
 to use them; written last, it makes the folder a finished run), config.yaml (the resolved settings;
 its first line is the command), metrics.jsonl, backbone.safetensors (of full fine-tuning), while
-training checkpoint.pt, and after scoring test.csv, test.json and test_predictions.csv. A run that
-diverged before it had a prompt has diverged.txt instead.
+training checkpoint.pt, and after scoring test.csv, test.json and test_predictions.csv.
 
     run = Run("runs/xpe-joshi5-s11")        # .modules, .meta, .config: see Run
     modules, meta = load_prompt("runs/xpe-joshi5-s11")
@@ -16,7 +15,6 @@ import hashlib
 import io
 import json
 import os
-import re
 from pathlib import Path
 
 import torch
@@ -24,8 +22,8 @@ from safetensors.torch import load, save
 from torch import nn
 
 import xpe
-from config import read_config, resolve_group
-from data import LABELS, check, locate, reading, warn
+from config import read_config
+from data import check, locate, reading, warn
 
 try:
     import fcntl        # locks a run folder; Windows has none: two commands could train one run
@@ -33,7 +31,6 @@ except ImportError:
     fcntl = None
 
 FORMAT = 2              # of prompt.json
-DIVERGED = "diverged.txt"
 
 
 # ---- Files ---------------------------------------------------------------------------------------
@@ -146,8 +143,7 @@ def why_no_run(folder):
             return None
         return "prompt.safetensors, the trained tensors, is missing; remove the folder to train it"
     if (folder / "metrics.jsonl").is_file():
-        unfinished = "its training has not come to an end (`train.py ... --resume` goes on)"
-        return outcome(folder) or unfinished
+        return "its training diverged or has not come to an end (`train.py ... --resume` goes on)"
     return "has no prompt.json: not a run (a folder of runs? name FOLDER/*)"
 
 
@@ -174,9 +170,7 @@ def open_log(folder):
 
 
 def outcome(folder):
-    """Why the training of a run has ended: "all steps", "diverged: ..."; "" if it has not."""
-    if (folder / DIVERGED).is_file():
-        return (folder / DIVERGED).read_text().strip()
+    """Why the training of a run has ended: "all steps", "diverged: ..."; "" if it has no prompt."""
     try:
         return read_json(folder / "prompt.json")["training"]["stopped"]
     except (OSError, ValueError, KeyError):
@@ -242,8 +236,7 @@ class Run:
         released = (self.folder / "adapter_config.json").is_file()
         if released:
             from formats import read_authors
-            self.modules, self.meta = read_authors(self.folder)
-            self.complete_release()
+            self.modules, self.meta = read_authors(self.folder, self.name)
         else:
             self.modules, self.meta = load_prompt(self.folder)
         self.prompt = self.modules["prompt"] if self.meta["prompt"] else None
@@ -257,17 +250,6 @@ class Run:
             if given and given != own["name"]:
                 self.changed = True
                 own.update(name=given, revision="main", folder=given)
-
-    def complete_release(self):
-        """Fill in from the names of repository and branch what the authors' files leave out."""
-        if len(self.meta["labels"]) == len(LABELS):
-            self.meta["labels"] = list(LABELS)
-        group = re.search("-(seen|joshi5)", self.name)
-        if not group:
-            warn(f"{self.name}: no source group in this name; joshi5 is assumed")
-        self.meta["sources"] = resolve_group(self.config, group[1] if group else "joshi5")
-        seed = re.search(r"seed-0*(\d+)", self.name)
-        self.meta["seed"] = int(seed[1]) if seed else 1
 
     def changes(self, identity):
         """Backbone and tokenizer (see backbone.load_backbone) against those of its training ->

@@ -41,7 +41,7 @@ from config import dump_config, in_reach, read_config, resolve_group, resolve_ta
 from data import (check, collate, encode, find_leaks, fingerprint, length_batches, make_parser,
                   nearest, open_corpus, reading, run_main, shorten_list, split_commas, warn)
 from evaluate import accuracy, majority, predict, score_runs
-from runs import (DIVERGED, Run, command_of, differences, method_name, open_log, outcome,
+from runs import (Run, command_of, differences, method_name, open_log, outcome,
                   read_checkpoint, save_checkpoint, save_prompt, write_atomically)
 
 SAVE_MEMORY = ("learners_at_once", "tokens")        # settings that may change on --resume
@@ -245,7 +245,6 @@ class Learner:
         advice = "train.rate (and standard_rate, encoded_rate: of the prompt's rows)"
         if self.best is None:
             warn(f"{self.folder}: {progress.stopped}; nothing to keep: lower {advice}")
-            write_atomically(self.folder / DIVERGED, f"{progress.stopped}\n".encode())
             return
         modules = self.modules
         modules.load_state_dict(self.best)
@@ -567,7 +566,7 @@ def read_job(args):
 
 
 def check_corpus(corpus, languages, config, source):
-    """Tell before training: unknown languages, no test split, sentences that are not new."""
+    """Tell before training: target languages that are unknown, sentences that are not new."""
     known = corpus.files
     wanted = dict.fromkeys(sum(resolve_targets(config).values(), []))
     absent = [code + nearest(code, known) for code in wanted if code not in known]
@@ -576,8 +575,6 @@ def check_corpus(corpus, languages, config, source):
     targets = []
     if config["evaluate"]["after_training"]:
         targets = languages if source else known
-        check(any("test" in corpus.splits(code) for code in targets),
-              f"{corpus.root}: no test.tsv; without scoring: --set evaluate.after_training=false")
     for line in find_leaks(corpus, languages, targets):
         warn(line)
 
@@ -604,7 +601,7 @@ def check_folder(folder, resume):
         raise FileExistsError(f"{folder} exists: --resume goes on with the same settings, --out "
                               f"FOLDER starts elsewhere. It was begun with: {command_of(folder)}")
     if outcome(folder):
-        print(f"{folder}: over already ({outcome(folder)}); remove the folder to train it again")
+        print(f"{folder}: finished already, {outcome(folder)}")
 
 
 def prepare_backbone(job):
@@ -682,10 +679,8 @@ def report_results(learners, job):
     trained = [learner.folder for learner in learners
                if (learner.folder / "prompt.json").is_file()]
     if job.config["evaluate"]["after_training"]:
-        runs = [Run(folder, trust=job.trust) for folder in trained
-                if not (folder / "test.json").is_file()]
-        if runs:
-            score_runs(runs, "test", None, job.device, job.cfg["amp"])
+        runs = [Run(folder, trust=job.trust) for folder in trained]
+        score_runs(runs, "test", None, job.device, job.cfg["amp"])
     if trained and not job.quiet:
         folders = [shlex.quote(str(folder)) for folder in trained]
         print("next:")
@@ -693,8 +688,8 @@ def report_results(learners, job):
         if job.source:
             folders.insert(0, shlex.quote(str(job.source.folder)))
         print(f"  python {in_reach('report.py')} {' '.join(folders)}")
-    diverged = any(outcome(learner.folder).startswith("diverged") for learner in learners)
-    return 2 if diverged else 0
+    diverged = any(outcome(folder).startswith("diverged") for folder in trained)
+    return 2 if diverged or len(trained) < len(learners) else 0
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def test_folders_of_the_authors(tmp_path, ratio, encoder, layers):
     written = make(ratio, encoder, layers)
     for form in FORMS if ratio == 1 else FORMS[1:]:
         write_authors(tmp_path, *written, form, **dict.fromkeys(lacks))
-        read, meta = formats.read_authors(tmp_path)
+        read, meta = formats.read_authors(tmp_path, "-joshi5")
         assert read["prompt"].config == written[0].config
         torch.testing.assert_close(dict(read.state_dict()), tensors_of(*written), rtol=0, atol=0)
         assert meta["kind"] == {0: "spt", 1: "xpe"}.get(ratio, "dual")
@@ -101,7 +101,7 @@ def test_hostile_folders(tmp_path, name, value, message):
     errors without the file, or of several lines."""
     write_authors(tmp_path, *make(), **{name: value})
     with pytest.raises(ValueError, match=rf"adapter_config.json: [^\n]*{message}[^\n]*\Z"):
-        formats.read_authors(tmp_path)
+        formats.read_authors(tmp_path, "-joshi5")
 
 
 def test_folders_that_are_not_theirs(tmp_path):
@@ -109,10 +109,10 @@ def test_folders_that_are_not_theirs(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     (tmp_path / "adapter_model.bin").touch()
     with pytest.raises(FileNotFoundError, match="adapter_model.safetensors"):
-        formats.read_authors(tmp_path)
+        formats.read_authors(tmp_path, "-joshi5")
     save_file({}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(ValueError, match="adapter_config.json: lacks 'encoder_ratio'"):
-        formats.read_authors(tmp_path)
+        formats.read_authors(tmp_path, "-joshi5")
 
 
 # ---- Out to stock peft ---------------------------------------------------------------------------
@@ -196,7 +196,7 @@ def test_logits_and_sixty_steps_of_the_authors_toolkit(tmp_path, ratio, encoder,
     folder = corpus(tmp_path / "corpus", ["eng_Latn"])
     train_theirs(backbone, model, Corpus(folder).read("eng_Latn", "train"))
     model.save_pretrained(tmp_path / "end")
-    theirs, meta = formats.read_authors(tmp_path / "end")
+    theirs, meta = formats.read_authors(tmp_path / "end", "-joshi5")
     train.main(f"""--mode {meta["kind"]} --sources config.yaml --languages eng_Latn --seeds 1
         --backbone {backbone} --data {folder} --out {tmp_path}/runs --steps 60
         --set prompt.ratio={ratio} --set prompt.layers={layers} --set prompt.length=10

@@ -423,7 +423,6 @@ def test_refused_before_anything_is_written(world, tmp_path, arguments, message)
     ("cp aaa_Latn/train.tsv ccc_Latn/test.tsv", SCORED, 0,
      "14 of 14 test sentences of ccc_Latn are also in train of aaa_Latn"),
     ("cp aaa_Latn/train.tsv aaa_Latn/dev.tsv", "", 0, "14 of 14 dev sentences of aaa_Latn"),
-    ("rm */test.tsv", SCORED, 2, "no test.tsv.*after_training=false"),
     ("rm bbb_Latn/dev.tsv", "", 2, "bbb_Latn/dev.tsv: no such split"),
     ("perl -i -ne 'print if /text/' bbb_Latn/dev.tsv", "", 2, "dev.tsv.*no sentence")])
 def test_told_of_a_corpus(world, tmp_path, change, arguments, status, message):
