@@ -517,8 +517,8 @@ def plot(path, comparison):
 def draw(figure, comparison):
     """Draw groups with intervals, sorted gains, families and scripts, all on one axis.
 
-    A language has the colour of the first group that holds it; a group is black if earlier ones
-    hold all of its languages.
+    A language has the colour of the first group that holds it, and is black if none does; a group
+    is black if earlier ones hold all of its languages.
     """
     lines = comparison.languages
     languages = [line["language"] for line in lines]
