@@ -384,7 +384,8 @@ def locate(where, kind="model", patterns=None):
     # only a few backbones have a name without an owner
     on_hub = re.fullmatch(r"\w[\w.-]*/[\w.-]+" if patterns else r"\w[\w.-]*(/[\w.-]+)?", name)
     mistyped = "/" in name and Path(name).parent.is_dir()
-    check(on_hub and revision != "local" and not mistyped, f"{name}: no such folder in {Path.cwd()}")
+    check(on_hub and revision != "local" and not mistyped,
+          f"{name}: no such folder in {Path.cwd()}")
     if patterns is None:
         return name, {"name": name, "revision": revision}
     import huggingface_hub
