@@ -10,7 +10,6 @@ and the encoder half of an encoder-decoder (mT5, NLLB, mBART). A reader of the m
     backbone, tokenizer, identity = load_backbone(settings, settings, device, precision, "prompt")
     autocast = place(PromptedClassifier(backbone, ...), device, precision)
 """
-import hashlib
 import os
 from contextlib import nullcontext
 from functools import partial
@@ -19,7 +18,7 @@ from pathlib import Path
 import torch
 
 import xpe
-from data import check, collate, locate, reading, shorten, tokenize, warn, why_not_on_hub
+from data import check, collate, locate, reading, short_hash, tokenize, warn
 
 try:
     from speed import cheap_dropout, first_position_only
@@ -64,8 +63,8 @@ def pick_precision(amp, device):
     native = False
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):       # torch 2.10 and up
-        found = torch.cpu.get_capabilities()
+    elif device.type == "cpu":
+        found = getattr(torch.cpu, "get_capabilities", dict)()      # torch 2.10 and up
         native = any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return "bf16" if native else "off"
 
@@ -118,22 +117,18 @@ def load_backbone(where, settings, device, precision, reads, prompted=True):
     transformers.logging.disable_progress_bar()
     source, identity = locate(where)
     name = f"backbone {identity['name']}"
-    on_hub = identity["revision"] != "local"
-    # The type is always given: transformers 5 would take that of the file. Renamed in 4.56.
-    renamed = hasattr(transformers.PretrainedConfig(), "dtype")
-    options = {"dtype" if renamed else "torch_dtype": torch.float32,
-               "trust_remote_code": settings["trust_remote_code"]}
-    try:
-        if on_hub:      # the branch may move between two files: all are taken from one commit
+    options = {"revision": where["revision"], "trust_remote_code": settings["trust_remote_code"]}
+    with reading(f"{name}: cannot be loaded"):
+        if identity["revision"] != "local":
+            # the branch may move between two files: all are taken from one commit
             file = transformers.utils.cached_file(source, "config.json", revision=where["revision"])
             identity["revision"] = options["revision"] = Path(file).parent.name
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+        attention = pick_attention(settings["attention"], device, precision)
+        # without a type transformers 5 would take that of the file
         backbone, info = transformers.AutoModel.from_pretrained(
-            source, output_loading_info=True,
-            attn_implementation=pick_attention(settings["attention"], device, precision), **options)
-    except Exception as error:      # transformers, safetensors and tokenizers have their own kinds
-        reason = why_not_on_hub(error) if on_hub else error
-        raise OSError(f"{name}: cannot be loaded: {shorten(reason, 600)}") from None
+            source, output_loading_info=True, attn_implementation=attention,
+            torch_dtype=torch.float32, **options)
 
     identity["type"] = backbone.config.model_type
     unused = "pooler"
@@ -158,11 +153,11 @@ def load_backbone(where, settings, device, precision, reads, prompted=True):
 
 def weights_fingerprint(backbone):
     """A short hash of names, shapes and first values of all weights: tells two backbones apart."""
-    digest = hashlib.sha256()
+    content = b""
     for key, weight in backbone.named_parameters():
-        digest.update(f"{key} {tuple(weight.shape)}".encode())
-        digest.update(weight.detach().flatten()[:64].numpy().tobytes())
-    return digest.hexdigest()[:16]
+        content += f"{key} {tuple(weight.shape)}".encode()
+        content += weight.detach().flatten()[:64].numpy().tobytes()
+    return short_hash(content)
 
 
 # In several scripts; the last with a no-break and a zero-width space, which normalizers treat
@@ -174,7 +169,7 @@ FINGERPRINT_TEXTS = ("Hello, world! 12,345", "Привет, мир", "你好，�
 def tokenizer_fingerprint(tokenizer):
     """A short hash of the ids of a few strings: between versions tokenizers changed silently."""
     ids = [row.tolist() for row in tokenize(FINGERPRINT_TEXTS, tokenizer, 99)]
-    return hashlib.sha256(repr(ids).encode()).hexdigest()[:16]
+    return short_hash(repr(ids).encode())
 
 
 # ---- Does it fit? One trial, before anything is written ------------------------------------------

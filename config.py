@@ -91,11 +91,10 @@ def read_config(path=None, settings=()):
         check(equals and (key or section == "sources"), f"{where}: write section.key=value")
         value = load_yaml(text, where)
         lay_over(config, {section: {key: value} if key else value}, where)
-        for own in ("adapt", "full"):
-            if section == "train" and key in config[own]:
-                config[own][key] = config["train"][key]
-        if key == "steps":
-            for part in ("train", "adapt", "full"):
+        for part in ("train", "adapt", "full"):
+            if section == "train" and key in config[part]:
+                config[part][key] = config["train"][key]
+            if key == "steps":
                 config[part]["epochs"] = 0
     return config
 

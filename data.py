@@ -70,7 +70,7 @@ def warn(line):
     print(f"warning: {line}", file=sys.stderr)
 
 
-def shorten(message, limit=200):
+def shorten(message, limit=600):
     """Return a message or error in one line of at most `limit` characters."""
     return textwrap.shorten(str(message) or type(message).__name__, limit, placeholder=" ...")
 
@@ -223,10 +223,15 @@ class Corpus:
         return self.read(language, split) if split in self.splits(language) else []
 
 
+def short_hash(content):
+    """Bytes -> 16 hexadecimal digits that tell them from others."""
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
 def fingerprint(sentences):
     """Return a short hash of ids, labels and texts: two runs with the same one saw equal data."""
     content = "".join(repr(tuple(sentence)) for sentence in sentences)
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
+    return short_hash(content.encode())
 
 
 LEAK = 0.02     # share of a split; single sentences are repeated in SIB-200, too
@@ -379,7 +384,8 @@ def locate(where, kind="model", patterns=None):
     # only a few backbones have a name without an owner
     on_hub = re.fullmatch(r"\w[\w.-]*/[\w.-]+" if patterns else r"\w[\w.-]*(/[\w.-]+)?", name)
     mistyped = "/" in name and Path(name).parent.is_dir()
-    check(on_hub and revision != "local" and not mistyped, f"{name}: no such folder in {Path.cwd()}")
+    check(on_hub and revision != "local" and not mistyped,
+          f"{name}: no such folder in {Path.cwd()}")
     if patterns is None:
         return name, {"name": name, "revision": revision}
     import huggingface_hub

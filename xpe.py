@@ -209,9 +209,9 @@ def positions(backbone):
     embeddings = getattr(backbone, "embeddings", None)
     table = getattr(embeddings, "position_embeddings", None)
     padding_index = getattr(table, "padding_idx", None)
-    if padding_index is None:
-        return limit
-    return limit - padding_index - 1
+    if padding_index is not None:
+        limit -= padding_index + 1
+    return limit
 
 
 class PromptedClassifier(nn.Module):

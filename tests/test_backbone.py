@@ -253,5 +253,5 @@ def test_a_backbone_of_the_hub(hub, copy):
     assert (identity["name"], identity["revision"]) == ("some/backbone", COMMIT)
     assert all("/v1/" in path or COMMIT in path for path in hub if "/resolve/" in path)
     (copy / "config.json").unlink()
-    with pytest.raises(OSError, match="^backbone some/backbone: .* the hub does not give it: .*$"):
+    with pytest.raises(ValueError, match="^backbone some/backbone: cannot be loaded: .*$"):
         load("some/backbone", revision="v2")
