@@ -125,10 +125,9 @@ def load_backbone(where, settings, device, precision, reads, prompted=True):
             identity["revision"] = options["revision"] = Path(file).parent.name
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
         attention = pick_attention(settings["attention"], device, precision)
-        # without a type transformers 5 would take that of the file
         backbone, info = transformers.AutoModel.from_pretrained(
-            source, output_loading_info=True, attn_implementation=attention,
-            torch_dtype=torch.float32, **options)
+            source, output_loading_info=True, attn_implementation=attention, **options)
+        backbone.float()                # transformers 5 loads the type of the file
 
     identity["type"] = backbone.config.model_type
     unused = "pooler"

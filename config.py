@@ -133,12 +133,9 @@ def lay_over(config, layer, where):
 
 
 def read_members(value, name):
-    """The members of a group: a name, or a list of names; ValueError for anything else."""
-    if isinstance(value, str):
-        return tidy(value)
-    check(isinstance(value, list) and all(isinstance(code, str) for code in value),
-          f"{name} must be a list of language codes and group names")
-    return [tidy(code) for code in value]
+    """A group's members, a name or a list of names; ValueError for anything else."""
+    with reading(f"{name} must be a list of language codes and group names"):
+        return tidy(value) if isinstance(value, str) else [tidy(code) for code in value]
 
 
 def convert(text, kind, key, name):

@@ -111,7 +111,9 @@ def run_main(main):
         sys.exit(130)
     except (ValueError, OSError) as error:
         line = shorten(error, 1000)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if "allocate" not in str(error):        # torch's word for too little memory
+            raise
         line = ("out of memory: lower train.learners_at_once, train.batch_size or evaluate.tokens "
                 f"(of a trained run in its config.yaml): {shorten(error)}")
     print(f"error: {line}", file=sys.stderr)

@@ -79,7 +79,7 @@ def macro_f1(labels, predicted):
         is_label = np.equal(labels, label)
         is_predicted = np.equal(predicted, label)
         hits = np.sum(is_label & is_predicted)
-        scores.append(2 * hits / (np.sum(is_label) + np.sum(is_predicted)))
+        scores.append(2 * hits / (is_label.sum() + is_predicted.sum()))
     return 100.0 * float(np.mean(scores))
 
 
@@ -263,8 +263,7 @@ class Scores:
             rows.append([code, n, *(f"{figure:.4f}" for figure in figures)])
         write_csv(f"{path}.csv", self.lines[0], rows)
         write_json(f"{path}.json", {            # last: then all three are there
-            "run": run.name, "sources": run.sources, **self.facts, "groups": self.means(),
-            "lines": self.lines})
+            **self.facts, "groups": self.means(), "lines": self.lines})
         self.told = f"{path}.csv, .json, _predictions.csv"
 
     def table(self, every_language=True):

@@ -44,8 +44,8 @@ def read_authors(folder, name):
 
     -> (modules, meta). The folder holds adapter_config.json and adapter_model.safetensors. Their
     files name neither labels nor sources nor seed: seven labels are SIB-200's, others become "0",
-    "1", ...; the rest is in `name`, of repository and branch. Raises FileNotFoundError for a missing
-    file, ValueError with the path for anything else.
+    "1", ...; the rest is in `name`, of repository and branch. Raises FileNotFoundError for a
+    missing file, ValueError with the path for anything else.
     """
     path = Path(folder) / "adapter_config.json"
     config = read_json(path)

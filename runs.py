@@ -11,7 +11,6 @@ training checkpoint.pt, and after scoring test.csv, test.json and test_predictio
 Read downwards: files, a prompt on disk, a run in training, finding a run.
 """
 import csv
-import hashlib
 import io
 import json
 import os
@@ -23,7 +22,7 @@ from torch import nn
 
 import xpe
 from config import read_config
-from data import check, locate, reading, warn
+from data import check, locate, reading, short_hash, warn
 
 try:
     import fcntl        # locks a run folder; Windows has none: two commands could train one run
@@ -85,8 +84,8 @@ def write_csv(path, columns, rows):
 # ---- A prompt on disk ----------------------------------------------------------------------------
 
 def save_prompt(folder, modules, meta):
-    """Write the modules of a run, "prompt" (unless it has none) and "head", to a folder that exists;
-    meta: see `load_prompt`."""
+    """Write the modules of a run, "prompt" (unless it has none) and "head", to a folder that
+    exists; meta: see `load_prompt`."""
     tensors = {name: tensor.float().cpu().contiguous()
                for name, tensor in modules.state_dict().items()}
     configs = {name: module.config for name, module in modules.items()}
@@ -260,7 +259,7 @@ class Run:
     def fingerprint(self):
         """A short hash of the trained tensors."""
         numbers = torch.cat([tensor.flatten() for tensor in self.modules.state_dict().values()])
-        return hashlib.sha256(numbers.numpy().tobytes()).hexdigest()[:16]
+        return short_hash(numbers.numpy().tobytes())
 
 
 def method_name(kind, prompt_config):

@@ -437,8 +437,6 @@ def run_pass(job, learners, path, state):
     steps, _, _ = count_steps(cfg, sentences)
     for learner in learners:
         learner.build(job, backbone, steps)
-    model = join_learners(learners, backbone, job.reads)
-    job.autocast = place(model, job.device, cfg["amp"], cfg["frozen_weights"])
     start = 0
     torch.manual_seed(first.seed)           # of all dropout
     if state:
@@ -460,6 +458,7 @@ def run_pass(job, learners, path, state):
     learners = finish_stopped(learners)     # a crash may have come between checkpoint and result
     if learners:
         model = join_learners(learners, backbone, job.reads)
+        job.autocast = place(model, job.device, cfg["amp"], cfg["frozen_weights"])
         train(learners, model, job, path, start)
     path.unlink(missing_ok=True)
 
