@@ -103,7 +103,6 @@ def test_layers(tmp_path, text, settings, expected):
     ("prompt: {encoder: mpl}", "prompt.encoder cannot be 'mpl', only mlp, lstm, attention, none"),
     ("train: 3", "train is a section of settings, not a value"),
     ("sources: [x]", "sources must name a group"),
-    ("groups: {x: {a: b}}", "groups.x must be a list of language codes and group names"),
     ("train:\n  steps: 1\n  steps: 1", "the key 'steps' is given twice .* line 3"),
     ("train:\n  steps: [1", "line 2"), ("just words", "must be a mapping"), ("", "must be a map"),
     ("a: \udcff", ":1: not valid UTF-8")])

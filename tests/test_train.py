@@ -16,6 +16,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -188,7 +189,7 @@ def train_plainly(world, start, cfg, seed, steps):
             loss = loss * len(ids) / (7 * (labels == labels[i]).sum())
         return loss
 
-    lengths, epochs, batches, losses = list(map(len, ids)), itertools.count(), [], []
+    lengths, epochs, batches, losses = np.array([*map(len, ids)]), itertools.count(), [], []
     for step in range(steps):
         batches = batches or data.length_batches(lengths, cfg["batch_size"], seed, next(epochs))
         parts, batches = batches[:cfg["accumulate"]], batches[cfg["accumulate"]:]
