@@ -260,6 +260,9 @@ the first five seeds alone gave {first 5 seeds}, the first ten {first 10 seeds}
 XPE minus head is {xpe against head Low-performing} on the
 XPE minus full is {xpe against full Low-performing} on the
 is {xpe-enarzho against spt-enarzho Low-performing} with three sources and {xpe-seen against spt-seen Low-performing} with 92
+SPT has {long spt joshi5 Low-performing} and XPE {long xpe joshi5 Low-performing}, so XPE minus SPT is {long xpe against spt Low-performing}
+Over all unseen languages it is {long xpe against spt Unseen}, on the seen ones {long xpe against spt Seen w/o Joshi5}
+after four times the steps, with five seeds, {long xpe against spt Low-performing}
 SPT from {spt before} to {spt after}, XPE from {xpe before} to {xpe after}
 """
 
