@@ -204,25 +204,21 @@ class Corpus:
             names += map(tidy, read_text(path).split("\n"))
         self.labels = tuple(dict.fromkeys(filter(None, names))) or LABELS
 
-    def splits(self, language):
-        """Return {split: path} of a language; ValueError, with the nearest code, if it is unknown.
-        """
+    @cache
+    def read_any(self, language, split):
+        """Return a list of Sentence, empty if the language does not have this split; ValueError,
+        with the nearest code, for an unknown language."""
         check(language in self.files,
               f"no language {language!r} in {self.root}{nearest(language, self.files)}")
-        return self.files[language]
+        path = self.files[language].get(split)
+        return read_tsv(path, self.labels) if path else []
 
-    @cache
     def read(self, language, split):
-        """Return a list of Sentence; ValueError for an unknown language, or a split that it does
-        not have."""
-        files = self.splits(language)
-        check(split in files, f"{self.root / language / split}.tsv: no such split; {language} has "
-                              f"{', '.join(files)}")
-        return read_tsv(files[split], self.labels)
-
-    def read_any(self, language, split):
-        """Return a list of Sentence, empty if the language does not have this split."""
-        return self.read(language, split) if split in self.splits(language) else []
+        """Return a list of Sentence; ValueError for what read_any does not know or have."""
+        sentences = self.read_any(language, split)
+        check(sentences, f"{self.root / language / split}.tsv: no such split; {language} has "
+                         f"{', '.join(self.files[language])}")
+        return sentences
 
 
 def short_hash(content):

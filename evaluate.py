@@ -206,8 +206,7 @@ class Scores:
             self.folder.mkdir(parents=True, exist_ok=True)
         if not languages and "adapted_to" in run.meta:
             languages = [run.meta["adapted_to"]]
-        languages = languages or [code for code in corpus.files
-                                  if split in corpus.splits(code)]
+        languages = languages or [code for code in corpus.files if corpus.read_any(code, split)]
         check(languages, f"{corpus.root}: no language has a file {split}.tsv")
         self.sentences = [(code, sentence) for code in languages
                           for sentence in corpus.read(code, split)]
