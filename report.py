@@ -27,6 +27,7 @@ test split:
                     of nqo_Nkoo are counted from the released model outputs.
 """
 import csv
+import warnings
 from collections import Counter, namedtuple
 from itertools import groupby
 from pathlib import Path
@@ -507,10 +508,12 @@ def plot(path, comparison):
     with reading("--plot needs matplotlib"):
         from matplotlib import style
         from matplotlib.figure import Figure
-    with style.context(["default", STYLE]):     # not what a user's own matplotlibrc says
-        figure = Figure((7.2, 6.2), layout="constrained")
-        draw(figure, comparison)
+    figure = Figure((7.2, 6.2), layout="constrained")
+    with style.context(["default", STYLE]), warnings.catch_warnings(record=True) as caught:
+        draw(figure, comparison)        # "default": not what a user's own matplotlibrc says
         figure.savefig(path, dpi=150)
+    if caught:
+        warn(f"--plot: boxes stand for letters that the font lacks: {caught[0].message}")
     print(f"{path}: written")
 
 
