@@ -59,11 +59,14 @@ from torch.utils.benchmark import timer         # time.perf_counter, which waits
 
 import train
 from backbone import pick_device, pick_precision, place
-from data import HERE, length_batches, make_parser, run_main
+from data import HERE, length_batches, make_parser, reading, run_main
 from evaluate import predict
 
 BATCH = 32              # sentences
 P = 20                  # prompt rows
+FIXED = ("evaluate.after_training=false", "train.evaluate_every=0",
+         "train.checkpoint_every=999999", "train.epochs=0", "train.accumulate=1",
+         f"train.batch_size={BATCH}", f"prompt.length={P}")
 
 
 def read_job(options):
@@ -71,10 +74,8 @@ def read_job(options):
 
     More in it: task, see train.Task; whole, a backbone whose last layer computes all positions.
     """
-    args = train.parse_arguments(["--mode", "xpe", "--sources", f"{HERE}/sample/config.yaml",
-                                  "--set", "evaluate.after_training=false",
-                                  "--set", "train.evaluate_every=0",
-                                  "--set", "train.checkpoint_every=999999", *options])
+    args = train.parse_arguments(["--sources", f"{HERE}/sample/config.yaml", *options, "--mode",
+                                  "xpe", *(f"--set={setting}" for setting in FIXED)])
     job = train.read_job(args)
     job.device = pick_device(args.device)
     job.cfg["amp"] = pick_precision(job.cfg["amp"], job.device)
@@ -107,7 +108,7 @@ def make_ours(job, K, steps):
     batches = []
     for seed in range(K):
         order = length_batches(job.task.lengths, BATCH, seed, epoch=0)
-        batches += order[:steps // K]
+        batches += order[:max(1, steps // K)]
     indices = np.concatenate(batches)
     count = len(batches) // K
 
@@ -122,7 +123,7 @@ def make_ours(job, K, steps):
 def make_floor(job, lengths, trains):
     """The backbone alone, on batches of texts that are all of the mean length: no padding."""
     T = round(lengths.mean())
-    count = 1 + len(lengths) // BATCH
+    count = -(-len(lengths) // BATCH)
     weight = job.whole.get_input_embeddings().weight
 
     def run():
@@ -139,7 +140,8 @@ def make_floor(job, lengths, trains):
 
 def make_toolkit(job, batches):
     """micm-nlp on batches of sentence numbers, with Adafactor, autocast and no logs."""
-    from micm_nlp.models.xpe import get_xpe_model
+    with reading("toolkit: pip install micm-nlp"):
+        from micm_nlp.models.xpe import get_xpe_model
     task = job.task
     # the Trainer cuts 32 by 32, so a smaller batch goes last
     indices = np.concatenate(sorted(batches, key=len, reverse=True))
@@ -198,7 +200,7 @@ def main(argv=None):
     turns = int(args.turns)
     job = read_job(options)
     _, model = start_training(job, 1, 1)
-    job.autocast = place(model, job.device, job.cfg["amp"])
+    job.autocast = place(model, job.device, job.cfg["amp"], job.cfg["frozen_weights"])
     job.whole.to(job.device, job.backbone.dtype)
     print(job.device, job.cfg["amp"], job.whole.config._attn_implementation)
 

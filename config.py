@@ -2,16 +2,13 @@
 
 config.yaml is the recipe of the paper and the one home of every default. YAML is read as text, and
 each value is converted by the type of its default: 5e-5 is a number where a number is wanted, `off`
-a word where a word is.
+is a word where a word is wanted.
 
     from config import read_config, resolve_group
     config = read_config("sample/config.yaml", ["train.steps=100"])     # a dict of sections
     config["train"]["steps"]                                            # 100
     resolve_group(config, "all_without_joshi5")                         # 198 language codes
 """
-import os
-import shlex
-
 import yaml
 
 import xpe
@@ -28,13 +25,8 @@ CHOICES = {
     "frozen_weights": ("amp", "float32"),
     "class_weights": ("none", "balanced"),
 }
-# Numbers that cannot be zero; 0 epochs, for one, have a meaning of their own.
+# Settings that cannot be zero; in others, epochs for one, 0 has a meaning of its own.
 AT_LEAST_ONE = ("batch_size", "accumulate", "learners_at_once")
-
-
-def in_reach(script):
-    """A script of this repository as one has to write it in the working directory."""
-    return shlex.quote(os.path.relpath(HERE / script))
 
 
 # ---- YAML as text --------------------------------------------------------------------------------

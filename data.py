@@ -150,6 +150,7 @@ def read_text(path):
     return decode(Path(path).read_bytes(), path)
 
 
+@cache
 def read_tsv(path, labels=LABELS):
     """Read one split -> list of Sentence, texts exactly as in the file, blanks included.
 
@@ -204,7 +205,6 @@ class Corpus:
             names += map(tidy, read_text(path).split("\n"))
         self.labels = tuple(dict.fromkeys(filter(None, names))) or LABELS
 
-    @cache
     def read_any(self, language, split):
         """Return a list of Sentence, empty if the language does not have this split; ValueError,
         with the nearest code, for an unknown language."""
@@ -366,11 +366,11 @@ def locate(where, kind="model", patterns=None):
     """Find a corpus, a backbone or a run -> (folder, identity: {name, revision, folder}).
 
     where: {name, revision}, plus `folder` if it was a local folder when the run was trained. A
-    folder that exists is used, and its revision is "local". The hub is asked neither for what was a
-    folder nor for a mistyped path (a missing folder in one that exists). On the hub, kind is
-    "dataset" or "model"; the files that match `patterns` come in one snapshot, and the revision is
-    the commit. Without patterns the name itself is returned, for transformers to fetch.
-    ValueError in one line.
+    folder that exists, here or in this repository, is used, and its revision is "local". The hub is
+    asked neither for what was a folder nor for a mistyped path (a missing folder in one that
+    exists). On the hub, kind is "dataset" or "model"; the files that match `patterns` come in one
+    snapshot, and the revision is the commit. Without patterns the name itself is returned, for
+    transformers to fetch. ValueError in one line.
     """
     name = where["name"]
     revision = where["revision"]
@@ -387,8 +387,8 @@ def locate(where, kind="model", patterns=None):
     if patterns is None:
         return name, {"name": name, "revision": revision}
     import huggingface_hub
-    with reading(f"{name}: not a folder here, and the hub does not give it (offline? --data FOLDER "
-                 f"takes a copy; private or gated? `hf auth login` first)"):
+    with reading(f"{name}: not a folder here, and the hub does not give it (offline? give a "
+                 f"folder; private or gated? `hf auth login` first)"):
         folder = Path(huggingface_hub.snapshot_download(
             name, repo_type=kind, revision=revision, allow_patterns=patterns))
     return folder, {"name": name, "revision": folder.name}

@@ -186,8 +186,8 @@ class Scores:
     """What a run answers on a split.
 
     .sentences: pairs (language, Sentence); .lines: those of <split>.csv, empty until `take` or
-    `read` fills them; .facts: what they were computed with; .folder: where they are kept, or None;
-    .told: what became of them, for the user.
+    `read` fills them; .probabilities: what `take` was given; .facts: what the lines were computed
+    with; .folder: where they are kept, or None; .told: a line that says where.
     """
 
     def __init__(self, run, split, languages, out, again):
@@ -203,7 +203,9 @@ class Scores:
             self.folder = Path(out).expanduser() / run.name
             check(again or not self.folder.exists(),
                   f"{self.folder} exists; --again writes over it")
-            self.folder.mkdir(parents=True, exist_ok=True)
+            check(self.folder.resolve() == run.folder or
+                  not (self.folder / "metrics.jsonl").exists(),
+                  f"{self.folder} is another trained run")
         if not languages and "adapted_to" in run.meta:
             languages = [run.meta["adapted_to"]]
         languages = languages or [code for code in corpus.files if corpus.read_any(code, split)]
@@ -292,11 +294,10 @@ def group_scores(scores):
     groups = defaultdict(list)
     for own in scores:
         run = own.run
-        backbone = run.meta["backbone"]
         # full fine-tuning has a backbone of its own
         rows = run.prompt.length if run.prompt else run.folder
-        groups[backbone["name"], backbone["revision"], run.config["train"]["frozen_weights"], rows,
-               run.meta["reads"], run.meta["max_length"], str(run.meta["labels"])].append(own)
+        alike = [run.meta[key] for key in ("backbone", "reads", "max_length", "labels")]
+        groups[str(alike), run.config["train"]["frozen_weights"], rows].append(own)
     return groups.values()
 
 
@@ -310,6 +311,8 @@ def score_runs(runs, split, languages, device, amp="auto", out=None, again=False
     (ValueError).
     """
     scores = [Scores(run, split, languages, out, again) for run in runs]
+    folders = [own.folder for own in scores if own.folder]
+    check(len(set(folders)) == len(folders), "two runs would write to the same folder")
     for own in scores:
         if own.folder and not again:
             own.read()
@@ -362,11 +365,17 @@ def classify(runs, texts, device, amp="auto"):
     """
     with reading("--text"):
         "".join(texts).encode()             # what the shell passed may not be UTF-8
+    known = [text for text in texts if text.strip()]
+    check(known, "--text: nothing to classify")
     for run in runs:
         name = f"{run.name}\t" if len(runs) > 1 else ""
-        labels, probabilities = Classifier([run], device, amp)(texts)
-        for text, label, shares in zip(texts, labels, probabilities):
-            answer = f"{label}\t{shares.max():.3f}" if text.strip() else "\t"
+        labels, probabilities = Classifier([run], device, amp)(known)
+        answers = zip(labels, probabilities)
+        for text in texts:
+            answer = "\t"
+            if text.strip():
+                label, shares = next(answers)
+                answer = f"{label}\t{shares.max():.3f}"
             on_one_line = text.replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")
             print(f"{name}{answer}\t{on_one_line}")
 
@@ -391,7 +400,7 @@ OPTIONS = """
 --languages CODES  only these languages, or groups of them, separated by commas
 --again  score again what has been scored
 --trust-remote-code  allow code that comes with the backbone to run
---device NAME=auto  cpu, cuda, cuda:1 ...; auto: what there is
+--device NAME=auto  cpu, cuda, cuda:1 ...; auto: a GPU if there is one
 --amp TYPE=auto  bf16, fp16 or off; auto: what the device is fast at
 --data DIR  folder or dataset, instead of the run's own
 --backbone NAME  folder or hub name, instead of the run's own

@@ -52,10 +52,10 @@ def read_authors(folder, name):
     saved = read_tensors(path.with_name("adapter_model.safetensors"))
     with reading(path):
         tensors = {}
-        for name, tensor in saved.items():
+        for key, tensor in saved.items():
             for theirs, ours in NAMES_OF_THE_AUTHORS.items():
-                name = name.replace(theirs, ours)
-            tensors[name] = tensor
+                key = key.replace(theirs, ours)
+            tensors[key] = tensor
         # authors' code: in the files that came with the paper, `embedding` of an XPE is encoded
         if config["encoder_ratio"] == 1 and "prompt.encoded" not in tensors:
             tensors["prompt.encoded"] = tensors.pop("prompt.standard")

@@ -19,8 +19,8 @@ test split:
     published.csv   means over the paper's target groups; empty: not known here. Of the paper:
                     XLM-R-large, zero-shot, ten seeds. Of its authors' re-runs: ten seeds, too; E is
                     the encoded rows' embedding, at the global rate of 5e-5 if nothing else is said;
-                    the last line is mean ± deviation over seeds. Of SIB-200's paper: means of the
-                    columns of baselines.csv, without nqo_Nkoo, which does not have all of them.
+                    the last line of these is mean ± deviation over seeds. Of SIB-200's paper: means
+                    of the columns of baselines.csv, without nqo_Nkoo, which does not have all.
     baselines.csv   each language's family, and its figures in table 7 of SIB-200's paper (arXiv
                     2309.07445): XLM-R-large with every weight fine-tuned on the language itself, or
                     on English, Arabic, Chinese only; GPT-3.5 and GPT-4 asked for the topic. The two
@@ -40,7 +40,7 @@ from data import (HERE, check, fingerprint, make_parser, nearest, read_text, rea
 from evaluate import group_means
 from runs import differences, method_name, read_json, why_no_run, write_atomically, write_csv
 
-# Settings for the memory that there is, and what each adapted run has of its own
+# Settings that only save memory, and those that differ between adapted runs by design
 NO_RECIPE = ("learners_at_once", "tokens", "data", "source")
 
 
@@ -146,8 +146,8 @@ def read_studies(arguments, split, leave_out, notes):
         try:
             with reading(folder):
                 run = ScoredRun(folder, split, leave_out)
-            if not any(study.take(run) for study in studies):
-                studies.append(Study(run))
+                if not any(study.take(run) for study in studies):
+                    studies.append(Study(run))
         except (ValueError, OSError) as error:
             notes.append(f"left out: {error}")
     check(studies, f"no scored run; {'; '.join(notes)}")
@@ -362,10 +362,10 @@ def compare(study, names):
     """
     runs_a, runs_b = [study.pick(name) for name in names]
     seeds = sorted(runs_a.keys() & runs_b.keys())
-    check(seeds, "--compare: the two have no seed in common")
     a = [runs_a[seed] for seed in seeds]
     b = [runs_b[seed] for seed in seeds]
-    shared = set.intersection(*(set(run.hits) for run in a + b))
+    shared = set.intersection(*(set(run.hits) for run in a + b)) if seeds else set()
+    check(shared, "--compare: the two have no seed, or no language, in common")
     sources = set(a[0].sources + b[0].sources)
     members = {"Sources": sorted(shared.intersection(a[0].sources, b[0].sources))}
     for title, codes in study.targets.items():
@@ -474,7 +474,7 @@ def study_tables(study, split, notes):
     names = ["method", "source", "seeds", "trainable", "Sources", *study.targets]
     columns = {name: name for name in names}
     corpus = Path(study.config["data"]["name"]).name
-    sentences = fingerprint(study.sentences.items())[:8]
+    sentences = fingerprint(sorted(study.sentences.items()))[:8]
     title = (f"Accuracy in percent ({split}, {study.backbone} {study.weights[:8]} on {corpus} "
              f"{sentences}), mean ± standard deviation over seeds")
     tables = [Table(title, columns, average_methods(study.runs, notes))]
@@ -625,17 +625,17 @@ def main(argv=None):
                          "source; --leave-out ars_Arab counts without it")
         tables += study_tables(study, args.split, notes)
         if args.compare and all(map(study.pick, args.compare)):
-            comparison = compare(study, args.compare)
-            comparisons.append(comparison)
-            tables.append(comparison_table(comparison))
+            comparisons.append(compare(study, args.compare))
+            tables.append(comparison_table(comparisons[-1]))
     for note in notes:
         warn(note)
     text = format_tables(tables)
     print(text)
     if args.compare:
         check(len(comparisons) == 1,
-              "--compare: exactly one backbone and corpus must have both methods; name them as in "
-              "its table above, xpe, or with their source, xpe-joshi5")
+              "--compare: a name fits no method, or several (write it with its source: "
+              "xpe-joshi5), or several backbones or corpora have both")
+        comparison, = comparisons
         tables.append(Table("languages", {}, comparison.languages))
     if args.out:
         write_report(Path(args.out).expanduser(), text, notes, tables)

@@ -3,7 +3,8 @@
 No part of the paper. A run folder holds prompt.safetensors (the trained tensors), prompt.json (how
 to use them; written last, it makes the folder a finished run), config.yaml (the resolved settings;
 its first line is the command), metrics.jsonl, backbone.safetensors (of full fine-tuning), while
-training checkpoint.pt, and after scoring test.csv, test.json and test_predictions.csv.
+training checkpoint.pt, and after scoring test.csv, test.json and test_predictions.csv. A run that
+diverged before it had a prompt has diverged.txt instead.
 
     run = Run("runs/xpe-joshi5-s11")        # .modules, .meta, .config: see Run
     modules, meta = load_prompt("runs/xpe-joshi5-s11")
@@ -30,6 +31,7 @@ except ImportError:
     fcntl = None
 
 FORMAT = 2              # of prompt.json
+DIVERGED = "diverged.txt"
 
 
 # ---- Files ---------------------------------------------------------------------------------------
@@ -142,7 +144,8 @@ def why_no_run(folder):
             return None
         return "prompt.safetensors, the trained tensors, is missing; remove the folder to train it"
     if (folder / "metrics.jsonl").is_file():
-        return "its training diverged or has not come to an end (`train.py ... --resume` goes on)"
+        unfinished = "its training has not come to an end (`train.py ... --resume` goes on)"
+        return outcome(folder) or unfinished
     return "has no prompt.json: not a run (a folder of runs? name FOLDER/*)"
 
 
@@ -169,11 +172,13 @@ def open_log(folder):
 
 
 def outcome(folder):
-    """Why the training of a run has ended: "all steps", "diverged: ..."; "" if it has no prompt."""
-    try:
-        return read_json(folder / "prompt.json")["training"]["stopped"]
-    except (OSError, ValueError, KeyError):
-        return ""
+    """Why the training of a run has ended: "all steps", "diverged: ..."; "" if it has not."""
+    if (folder / DIVERGED).is_file():
+        return (folder / DIVERGED).read_text()
+    if (folder / "prompt.json").is_file():
+        with reading(folder / "prompt.json"):
+            return read_json(folder / "prompt.json")["training"]["stopped"]
+    return ""
 
 
 def command_of(folder):
@@ -245,9 +250,10 @@ class Run:
         self.changed = False
         self.config["backbone"]["trust_remote_code"] = trust    # never the run's own file's to say
         for section, given in (("backbone", backbone), ("data", data)):
-            own = self.meta.setdefault(section, self.config[section])
+            own = self.meta.setdefault(section, dict(self.config[section]))
             if given and given != own["name"]:
                 self.changed = True
+                self.config[section]["name"] = given
                 own.update(name=given, revision="main", folder=given)
 
     def changes(self, identity):

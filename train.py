@@ -37,12 +37,13 @@ from tqdm import tqdm
 
 import xpe
 from backbone import cheap_dropout, load_backbone, pick_device, pick_precision, place
-from config import dump_config, in_reach, read_config, resolve_group, resolve_targets
-from data import (check, collate, encode, find_leaks, fingerprint, length_batches, make_parser,
-                  nearest, open_corpus, reading, run_main, shorten_list, split_commas, warn)
+from config import dump_config, read_config, resolve_group, resolve_targets
+from data import (HERE, check, collate, encode, find_leaks, fingerprint, length_batches,
+                  make_parser, nearest, open_corpus, reading, run_main, shorten_list,
+                  split_commas, warn)
 from evaluate import accuracy, majority, predict, score_runs
-from runs import (Run, command_of, differences, method_name, open_log, outcome,
-                  read_checkpoint, save_checkpoint, save_prompt, write_atomically)
+from runs import (DIVERGED, Run, command_of, differences, method_name, open_log, outcome,
+                  read_checkpoint, read_json, save_checkpoint, save_prompt, write_atomically)
 
 SAVE_MEMORY = ("learners_at_once", "tokens")        # settings that may change on --resume
 
@@ -147,8 +148,8 @@ class Learner:
     progress: Progress = field(default_factory=Progress)
 
     def build(self, job, backbone, steps):
-        """Make prompt and head, from the seed or as the source run left them (`modules`: all that
-        training may change, by name), optimizer, schedule and loss scaling."""
+        """Make prompt and head (from the seed, or a copy of the source run's), optimizer, schedule
+        and loss scaler. `modules` is everything that may be trained."""
         torch.manual_seed(self.seed)
         self.modules = torch.nn.ModuleDict()
         if job.mode != "full":
@@ -220,6 +221,11 @@ class Learner:
             self.log.flush()
         progress.log_bytes = self.log.tell()
 
+    def check_settings(self, before):
+        """Raise ValueError unless before["settings"] are those of this run."""
+        changed = differences(before["settings"], self.meta["training"]["settings"], SAVE_MEMORY)
+        check(not changed, f"{changed}: --resume goes on with the same settings only")
+
     def state_dict(self):
         """Everything needed to resume."""
         return dict(settings=self.meta["training"]["settings"], progress=asdict(self.progress),
@@ -229,8 +235,7 @@ class Learner:
 
     def load_state_dict(self, state):
         """Go on from what state_dict gave; ValueError if it was begun with other settings."""
-        changed = differences(state["settings"], self.meta["training"]["settings"], SAVE_MEMORY)
-        check(not changed, f"{changed}: --resume goes on with the same settings only")
+        self.check_settings(state)
         self.progress = Progress(**state["progress"])
         self.best = state["best"]
         for name in ("modules", "optimizer", "schedule", "scaler"):
@@ -245,6 +250,7 @@ class Learner:
         advice = "train.rate (and standard_rate, encoded_rate: of the prompt's rows)"
         if self.best is None:
             warn(f"{self.folder}: {progress.stopped}; nothing to keep: lower {advice}")
+            write_atomically(self.folder / DIVERGED, progress.stopped.encode())
             return
         modules = self.modules
         modules.load_state_dict(self.best)
@@ -335,15 +341,15 @@ def train(learners, model, job, checkpoint, start=0):
         if stopped or due or job.arrived:
             save_checkpoint(checkpoint, learners, step)
             saved_at = step
+        if job.arrived:
+            print("interrupted; the same command with --resume goes on")
+            sys.exit(130)
         if stopped:
             learners = finish_stopped(learners)
             if not learners:
                 return
             orders = None
             model = join_learners(learners, model.backbone, model.reads).eval()
-        if job.arrived:
-            print("interrupted; the same command with --resume goes on")
-            sys.exit(130)
 
 
 def evaluate_learners(learners, model, step, steps, since, job):
@@ -438,7 +444,7 @@ def run_pass(job, learners, path, state):
     for learner in learners:
         learner.build(job, backbone, steps)
     start = 0
-    torch.manual_seed(first.seed)           # of all dropout
+    torch.manual_seed(first.seed)           # seeds all dropout
     if state:
         start = state["step"]
         with reading(path):
@@ -475,11 +481,16 @@ OPTIONS = """
 --data DIR  folder <language>/{train,dev,test}.tsv, or a dataset on the hub
 --backbone NAME  folder, or a model on the hub
 --steps N  optimizer steps at most
---adapt RUN  a run, to be adapted to each language of the group
+--adapt RUN  a run, to be adapted to each language of the group; its prompt settings stay
 --out DIR=runs  where the run folders go
 --resume  go on with runs that were interrupted
---device NAME=auto  cpu, cuda, cuda:1 ...; auto: what there is
+--device NAME=auto  cpu, cuda, cuda:1 ...; auto: a GPU if there is one
 """
+
+
+def in_reach(script):
+    """A script of this repository as one has to write it in the working directory."""
+    return shlex.quote(os.path.relpath(HERE / script))
 
 
 def parse_arguments(argv):
@@ -494,6 +505,7 @@ def parse_arguments(argv):
     args.out = Path(args.out).expanduser()
     if args.languages:
         codes = split_commas(args.languages)
+        check(codes and not args.group, "--languages takes codes, and no --group beside it")
         args.group = "+".join(codes) if len(codes) < 4 else f"{len(codes)}-languages"
         args.set.insert(0, f"groups.{args.group}={json.dumps(codes)}")
     for name, value in (("train.steps", args.steps), ("prompt.ratio", args.ratio),
@@ -508,12 +520,13 @@ def parse_arguments(argv):
 
 
 def parse_seeds(text):
-    """'11-13,20' -> [11, 12, 13, 20]."""
+    """'11-13,20' -> 11, 12, 13, 20, the keys of a dict."""
     seeds = []
     with reading(f"--seeds {text}: write 11, 11-20 or 11,15"):
         for part in text.split(","):
             first, _, last = part.partition("-")
             seeds += range(int(first), int(last or first) + 1)
+        check(seeds and max(seeds) < 2 ** 63, "no seed, or too large a one")
     return dict.fromkeys(seeds)
 
 
@@ -523,7 +536,8 @@ def read_job(args):
     config: all settings, resolved; cfg: the section `train` as this mode has it, and what else the
     loop needs; source: the Run to adapt, or None; group: the name of `languages`; corpus, and data,
     where it is (see data.locate); prompt, and later head: arguments of SoftPrompt and
-    ClassificationHead; mode, reads, max_length; and later what prepare_backbone adds.
+    ClassificationHead; mode, reads, max_length, trust (in the backbone's code); later device,
+    quiet, arrived (signals), autocast and what prepare_backbone adds.
     """
     config = read_config(args.sources, args.set)
     trust = config["backbone"]["trust_remote_code"]
@@ -540,13 +554,15 @@ def read_job(args):
     check(cfg["steps"] or cfg["epochs"], f"{section}.steps must be at least 1")
     corpus, data = open_corpus(config["data"])
     group = config["sources"]
+    check(group in config["groups"], f"no group {group!r}{nearest(group, config['groups'])}")
     languages = resolve_group(config, group)
     check_corpus(corpus, languages, config, source)
 
     prompt = config["prompt"]
     if source:          # goes on with the prompt as it is
         check(mode == source.meta["kind"] != "full",
-              f"--adapt {args.adapt}: a {source.meta['kind']} run, not to be adapted as {mode}")
+              f"--adapt {args.adapt}: a run of mode {source.meta['kind']} cannot be adapted as "
+              f"{mode}")
         check(list(corpus.labels) == source.meta["labels"],
               f"{corpus.root}: its labels are not those of {args.adapt}")
         own = {**source.prompt.config, "reads": source.meta["reads"],
@@ -565,7 +581,7 @@ def read_job(args):
 
 
 def check_corpus(corpus, languages, config, source):
-    """Tell before training: target languages that are unknown, sentences that are not new."""
+    """Warn before training of target languages that are unknown and sentences that are not new."""
     known = corpus.files
     wanted = dict.fromkeys(sum(resolve_targets(config).values(), []))
     absent = [code + nearest(code, known) for code in wanted if code not in known]
@@ -574,6 +590,8 @@ def check_corpus(corpus, languages, config, source):
     targets = []
     if config["evaluate"]["after_training"]:
         targets = languages if source else known
+        check(any(corpus.read_any(code, "test") for code in targets),
+              f"{corpus.root}: no test.tsv; without scoring: --set evaluate.after_training=false")
     for line in find_leaks(corpus, languages, targets):
         warn(line)
 
@@ -595,10 +613,10 @@ def plan_runs(job, args):
 
 
 def check_folder(folder, resume):
-    """Say what is over already. Raises FileExistsError for a folder that would be written over."""
+    """Report a finished run. Raises FileExistsError for a folder that would be written over."""
     if folder.exists() and not resume:
         raise FileExistsError(f"{folder} exists: --resume goes on with the same settings, --out "
-                              f"FOLDER starts elsewhere. It was begun with: {command_of(folder)}")
+                              f"FOLDER starts elsewhere. It was started with: {command_of(folder)}")
     if outcome(folder):
         print(f"{folder}: finished already, {outcome(folder)}")
 
@@ -612,6 +630,9 @@ def prepare_backbone(job):
         told = job.source.changes(job.identity)
         check(not told, f"--adapt {job.source.folder}: was trained on another backbone: {told}")
     job.prompt["width"], width = xpe.widths(job.backbone)
+    # a released prompt does not say on which weights it was trained
+    check(not job.source or job.source.prompt.config["width"] == job.prompt["width"],
+          "--adapt: was trained on a backbone of another width")
     # XLM-R's own classification head takes its dropout from the backbone's configuration
     config = job.backbone.config.to_dict()
     dropout = config.get("classifier_dropout")
@@ -623,7 +644,7 @@ def prepare_backbone(job):
     check(job.max_length > 2, "data.max_length and the backbone's positions leave no room for a "
                               "text beside <s>, </s> and the prompt")
     if job.mode != "full":
-        with torch.device("meta"):          # settings that do not make a prompt are told now
+        with torch.device("meta"):          # invalid prompt settings fail here, before training
             xpe.SoftPrompt(**job.prompt)
     job.pad_id = job.tokenizer.pad_token_id or 0
 
@@ -645,6 +666,10 @@ def make_learners(job, plans):
                 "max_length": job.max_length, "data": {**job.data, "fingerprint": data},
                 "training": {"settings": {**settings, "data": data}, "versions": versions}}
         learners.append(Learner(folder, seed, tasks[languages], meta))
+        path = folder / "prompt.json"
+        if path.is_file():
+            with reading(path):
+                learners[-1].check_settings(read_json(path)["training"])
     return learners
 
 

@@ -7,7 +7,8 @@ import shlex
 
 import pytest
 
-import config
+import train
+from data import HERE
 from config import dump_config, read_config, resolve_group, resolve_targets
 
 
@@ -145,5 +146,5 @@ def test_groups(names, expected):
 def test_hints_name_scripts_as_they_are_written_from_here(tmp_path, monkeypatch):
     """Catches: a hint that can be pasted in the repository's own folder alone."""
     monkeypatch.chdir(tmp_path)
-    path, = shlex.split(config.in_reach("report.py"))
-    assert (tmp_path / path).resolve() == config.HERE / "report.py"
+    path, = shlex.split(train.in_reach("report.py"))
+    assert (tmp_path / path).resolve() == HERE / "report.py"

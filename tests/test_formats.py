@@ -83,10 +83,11 @@ def test_folders_of_the_authors(tmp_path, ratio, encoder, layers):
     written = make(ratio, encoder, layers)
     for form in FORMS if ratio == 1 else FORMS[1:]:
         write_authors(tmp_path, *written, form, **dict.fromkeys(lacks))
-        read, meta = formats.read_authors(tmp_path, "-joshi5")
+        read, meta = formats.read_authors(tmp_path, "xpe-seen@seed-03")
         assert read["prompt"].config == written[0].config
         torch.testing.assert_close(dict(read.state_dict()), tensors_of(*written), rtol=0, atol=0)
         assert meta["kind"] == {0: "spt", 1: "xpe"}.get(ratio, "dual")
+        assert meta["seed"] == 3 and len(meta["sources"]) == 92
 
 
 @pytest.mark.parametrize("name, value, message", [

@@ -180,11 +180,15 @@ def test_resume_refuses_other_settings_by_name(world, tmp_path):
             ("prompt.heads=4", "prompt.heads"), ("", "data")):
         if name == "data":
             path.write_text(text.replace("star", "song", 1))
+            data.read_tsv.cache_clear()         # as in another process
         status, _, error = train_tiny(world, out, f"{arguments} --resume {setting}")
         assert status == 2 and re.search(f"checkpoint.pt: {name} was .*, not .*same settings", error)
         assert results(out) == before
     path.write_text(text)
+    data.read_tsv.cache_clear()
     trained(world, out, f"{arguments} --resume")
+    status, _, error = train_tiny(world, out, f"{arguments} --resume train.rate=1.0e-2")
+    assert status == 2 and "prompt.json: rate was" in error     # of a finished run, too
 
 
 # ---- Two processes, full disks -------------------------------------------------------------------

@@ -386,7 +386,7 @@ def test_an_existing_folder_is_not_written_over(world, usual, change):
     """Catches: a finished run trained over; a refusal that does not say how it was trained."""
     before = results(usual.parent)
     status, _, error = train_tiny(world, usual.parent, f"--mode xpe --seeds 12 --steps 4 {change}")
-    assert status == 2 and re.search("s12 exists: --resume .*begun with: .*--seeds 12 --steps", error)
+    assert status == 2 and re.search("s12 exists: --resume .*started with: .*--seeds 12 --steps", error)
     assert results(usual.parent) == before
 
 
@@ -397,10 +397,11 @@ def test_an_existing_folder_is_not_written_over(world, usual, change):
     ("--mode dual --ratio 1", "DUAL needs 0 < ratio < 1"),
     ("--mode spt --ratio 0.3", "--ratio goes with --mode dual"),
     ("--mode xpe --steps 0", "train.steps must be at least 1"),
-    ("--mode xpe --group othrs", "no language 'othrs'"),
+    ("--mode xpe --group othrs", r"no group 'othrs' .did you mean others"),
     ("--mode xpe --languages aaa_Latin", r"no language 'aaa_Latin' .*did you mean aaa_Latn\?"),
     ("--mode xpe --languages two", "no language 'two'"),
     ("--mode xpe --seeds 1..3", "--seeds 1..3: write 11, 11-20 or 11,15"),
+    ("--mode xpe --seeds 12-11", "--seeds 12-11: .* no seed"),
     ("--mode xpe --data /no/where", "/no/where: no such folder"),
     ("--mode xpe --backbone /no/where", "/no/where: no such folder"),
     ("--mode xpe --set lr=1", "write section.key=value"),
@@ -425,6 +426,7 @@ def test_refused_before_anything_is_written(world, tmp_path, arguments, message)
      "14 of 14 test sentences of ccc_Latn are also in train of aaa_Latn"),
     ("cp aaa_Latn/train.tsv aaa_Latn/dev.tsv", "", 0, "14 of 14 dev sentences of aaa_Latn"),
     ("rm bbb_Latn/dev.tsv", "", 2, "bbb_Latn/dev.tsv: no such split"),
+    ("rm */test.tsv", SCORED, 2, "no test.tsv.*after_training=false"),
     ("perl -i -ne 'print if /text/' bbb_Latn/dev.tsv", "", 2, "dev.tsv.*no sentence")])
 def test_told_of_a_corpus(world, tmp_path, change, arguments, status, message):
     """Catches: hours of training that end in an error, or in figures that are not honest."""
@@ -508,10 +510,10 @@ def test_an_adapted_prompt_starts_from_its_source(world, usual, tmp_path, rates)
 
 @pytest.mark.parametrize("arguments, message", [
     ("", "--adapt needs its target languages"),
-    ("--group others --mode spt", "a xpe run, not to be adapted as spt"),
+    ("--group others --mode spt", "a run of mode xpe cannot be adapted as spt"),
     ("--group others --ratio 0.3", "not with --adapt"),
     ("--group others --backbone {other}", "trained on another backbone"),
-    ("--group others --adapt {full}", "a full run, not to be adapted")])
+    ("--group others --adapt {full}", "a run of mode full cannot be adapted")])
 def test_adaptations_that_make_no_sense(world, usual, tmp_path, arguments, message):
     """Catches: a target left open, a prompt in front of weights that it has never met."""
     full = shutil.copytree(usual, tmp_path / "full")
