@@ -50,7 +50,7 @@ def test_texts_come_back_as_written(tmp_path, start, line_end):
 @pytest.mark.parametrize("content, message", [
     ("", "test.tsv:1: the header must name the columns category and text, it is []"),
     (HEAD, "test.tsv: no sentence in this split"),
-    ("1\ttravel\ta\n", "test.tsv:1: the header must name the columns category and text, it is ['1'"),
+    ("1\ttravel\ta\n", "test.tsv:1: the header must name the columns category and text, it is ["),
     (GOOD + "3\ttravels\ta\n", "test.tsv:4: unknown category 'travels', known are science/tech"),
     (GOOD + "3\ttravel\n", "test.tsv:4: must have 3 fields"),
     (GOOD + "3\ttravel\t \u00a0\n", "test.tsv:4: empty text"),

@@ -182,7 +182,8 @@ def test_resume_refuses_other_settings_by_name(world, tmp_path):
             path.write_text(text.replace("star", "song", 1))
             data.read_tsv.cache_clear()         # as in another process
         status, _, error = train_tiny(world, out, f"{arguments} --resume {setting}")
-        assert status == 2 and re.search(f"checkpoint.pt: {name} was .*, not .*same settings", error)
+        assert status == 2
+        assert re.search(f"checkpoint.pt: {name} was .*, not .*same settings", error)
         assert results(out) == before
     path.write_text(text)
     data.read_tsv.cache_clear()
@@ -231,7 +232,8 @@ def test_a_full_disk_costs_one_line_and_no_work(world, tmp_path, begun, limit, f
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
     status, _, error = train_tiny(world, tmp_path / "often", arguments + " --resume")
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
-    assert status == 2 and re.search(f"^error: .*s1[12]/{file}: .*(File too large|write failed)", error, re.M)
+    assert status == 2
+    assert re.search(f"^error: .*s1[12]/{file}: .*(File too large|write failed)", error, re.M)
     assert not list(tmp_path.glob("often/*/.*"))
     trained(world, tmp_path / "often", arguments + " --resume")
     assert results(tmp_path / "often") == results(tmp_path / "once")

@@ -386,7 +386,8 @@ def test_an_existing_folder_is_not_written_over(world, usual, change):
     """Catches: a finished run trained over; a refusal that does not say how it was trained."""
     before = results(usual.parent)
     status, _, error = train_tiny(world, usual.parent, f"--mode xpe --seeds 12 --steps 4 {change}")
-    assert status == 2 and re.search("s12 exists: --resume .*started with: .*--seeds 12 --steps", error)
+    assert status == 2
+    assert re.search("s12 exists: --resume .*started with: .*--seeds 12 --steps", error)
     assert results(usual.parent) == before
 
 
