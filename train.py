@@ -45,6 +45,7 @@ from evaluate import accuracy, majority, predict, score_runs
 from runs import (DIVERGED, Run, command_of, differences, method_name, open_log, outcome,
                   read_checkpoint, read_json, save_checkpoint, save_prompt, write_atomically)
 
+PARTS = ("modules", "optimizer", "schedule", "scaler")     # of a learner, with a state of their own
 SAVE_MEMORY = ("learners_at_once", "tokens")        # settings that may change on --resume
 
 # Under fp16 a first step that overflows is left out, as it should be; torch takes it for a mistake
@@ -144,7 +145,7 @@ class Learner:
     task: Task
     meta: dict                  # becomes prompt.json
     log: object = None          # metrics.jsonl, open and locked
-    best: dict = None           # tensors of the best step, on the CPU
+    best_tensors: dict = None   # of the best step, on the CPU
     progress: Progress = field(default_factory=Progress)
 
     def build(self, job, backbone, steps):
@@ -187,10 +188,6 @@ class Learner:
         self.schedule.step()
         self.optimizer.zero_grad()
 
-    def tensors(self):
-        """A copy of its modules' tensors on the CPU."""
-        return {name: tensor.cpu().clone() for name, tensor in self.modules.state_dict().items()}
-
     def record_evaluation(self, step, steps, logits, train_loss, cfg):
         """Take in logits (n, C) of the dev split: keep the best tensors, log, decide on a stop."""
         progress = self.progress
@@ -204,7 +201,8 @@ class Learner:
                 "dev_loss": round(dev_loss, 6)}
         if not progress.best or line["dev_accuracy"] > progress.best["dev_accuracy"]:
             progress.best = line
-            self.best = self.tensors()
+            self.best_tensors = {name: tensor.cpu().clone()
+                                 for name, tensor in self.modules.state_dict().items()}
         # paper: patience watches the dev *loss*, and only after half of the steps; what is kept is
         # the best *accuracy*
         if cfg["patience"] and step >= int(steps * cfg["patience_after"]):
@@ -228,18 +226,17 @@ class Learner:
 
     def state_dict(self):
         """Everything needed to resume."""
-        return dict(settings=self.meta["training"]["settings"], progress=asdict(self.progress),
-                    modules=self.tensors(), best=self.best, optimizer=self.optimizer.state_dict(),
-                    schedule=self.schedule.state_dict(), scaler=self.scaler.state_dict(),
-                    loss_sum=self.loss_sum.cpu())
+        parts = {part: getattr(self, part).state_dict() for part in PARTS}
+        return dict(parts, settings=self.meta["training"]["settings"], loss_sum=self.loss_sum,
+                    progress=asdict(self.progress), best_tensors=self.best_tensors)
 
     def load_state_dict(self, state):
         """Go on from what state_dict gave; ValueError if it was begun with other settings."""
         self.check_settings(state)
         self.progress = Progress(**state["progress"])
-        self.best = state["best"]
-        for name in ("modules", "optimizer", "schedule", "scaler"):
-            getattr(self, name).load_state_dict(state[name])
+        self.best_tensors = state["best_tensors"]
+        for part in PARTS:
+            getattr(self, part).load_state_dict(state[part])
         self.loss_sum.copy_(state["loss_sum"])
         # lines after the checkpoint will be written again
         self.log.truncate(self.progress.log_bytes)
@@ -248,12 +245,12 @@ class Learner:
         """Write the best tensors as a prompt folder; if there are none, the reason."""
         progress = self.progress
         advice = "train.rate (and standard_rate, encoded_rate: of the prompt's rows)"
-        if self.best is None:
+        if self.best_tensors is None:
             warn(f"{self.folder}: {progress.stopped}; nothing to keep: lower {advice}")
             write_atomically(self.folder / DIVERGED, progress.stopped.encode())
             return
         modules = self.modules
-        modules.load_state_dict(self.best)
+        modules.load_state_dict(self.best_tensors)
         if "backbone" in modules:
             tensors = {name: tensor.cpu() for name, tensor in
                        modules.pop("backbone").state_dict().items()}
@@ -267,7 +264,7 @@ class Learner:
             warn(f"{self.folder}: no better than the majority class of the dev split: raise "
                  f"{advice}, or train for more steps")
         # in full fine-tuning, gigabytes for each seed
-        self.optimizer = self.schedule = self.parameters = self.modules = self.best = None
+        self.optimizer = self.schedule = self.parameters = self.modules = self.best_tensors = None
 
 
 # ---- The loop ------------------------------------------------------------------------------------
@@ -361,7 +358,8 @@ def evaluate_learners(learners, model, step, steps, since, job):
         learner.loss_sum.zero_()
         learner.record_evaluation(step, steps, own_logits, train_loss, job.cfg)
     if not job.quiet:
-        best = [learner.progress.best["dev_accuracy"] for learner in learners if learner.best]
+        bests = [learner.progress.best for learner in learners]
+        best = [line["dev_accuracy"] for line in bests if line]
         tqdm.write(f"step {step:>6,} of {steps:,}: best dev accuracy {np.mean(best or 0):.1f}")
 
 
