@@ -36,7 +36,7 @@ other program running.
     ours x 1            101      1.33
     ours x 10           110      1.56
     toolkit              71      0.87
-    evaluation          319      1.37
+    evaluation: ours    319      1.37
 
     --learners 1,3,10,toolkit --steps 100 --turns 3, 3 layers x 192 with XLM-R's vocabulary, on a
     CPU with bf16 instructions (AMD EPYC, AVX512-bf16): bf16, eager (the toolkit: sdpa in autocast)
@@ -45,7 +45,7 @@ other program running.
     ours x 3            379      1.45
     ours x 10           318      1.42
     toolkit             206      0.85
-    evaluation          843      1.21
+    evaluation: ours    843      1.21
 
 Ten learners take a tenth of the steps of a turn, and these happen to be of longer texts: compare
 the ratios, not sentences a second. Ours is faster than the bare backbone because its last layer

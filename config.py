@@ -27,6 +27,7 @@ CHOICES = {
 }
 # Settings that cannot be zero; in others, epochs for one, 0 has a meaning of its own.
 AT_LEAST_ONE = ("batch_size", "accumulate", "learners_at_once")
+SHARES = ("warmup", "patience_after")       # of the steps, not percent
 
 
 # ---- YAML as text --------------------------------------------------------------------------------
@@ -131,8 +132,7 @@ def read_members(value, name):
 
 
 def convert(text, kind, key, name):
-    """A setting's text -> its value of type `kind`; ValueError for any other, or too small a one.
-    """
+    """A setting's text -> its value of type `kind`; ValueError for any other, or out of range."""
     what = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
     wrong = f"{name} must be {what}, not {text!r}"
     check(isinstance(text, str), wrong)
@@ -149,6 +149,7 @@ def convert(text, kind, key, name):
         raise ValueError(wrong) from None
     least = 1 if key in AT_LEAST_ONE else 0
     check(number >= least, f"{name} must be at least {least}, not {text}")      # nan is not, either
+    check(number <= 1 or key not in SHARES, f"{name} is a share from 0 to 1, not {text}")
     return number
 
 

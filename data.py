@@ -5,7 +5,7 @@ corpus is a folder <language>/{train,dev,test}.tsv with the columns `category` a
 file needs torch and numpy (huggingface_hub to download) and knows nothing of the model. As a
 command it checks and counts a corpus:
 
-    $ python data.py --data DIR            (SIB-200: 6 s on one core)
+    $ python data.py --data DIR            (SIB-200: 7 s on one core)
     train: 701 to 701 sentences a language, 143,705 in all
       dev: 99 to 99 sentences a language, 20,295 in all
      test: 204 to 204 sentences a language, 41,820 in all

@@ -327,22 +327,25 @@ def score_runs(runs, split, languages, device, amp="auto", out=None, again=False
                 own.write()
     for own in scores:
         print(own.table(every_language=len(runs) < 4))
-    if len(runs) > 1:
-        print(method_table(scores))
+    direct = [own for own in scores if "adapted_to" not in own.run.meta]
+    if len(direct) > 1:
+        print(method_table(direct))
     return scores
 
 
 def method_table(scores):
-    """Mean ± standard deviation over the runs of each method, as text."""
-    means = defaultdict(list)               # (method, group of languages) -> a mean for each run
+    """Mean ± standard deviation over the runs of each method on the same sources and backbone, as
+    text. (Adapted runs, each on a language of its own, have a table in report.py.)"""
+    means = defaultdict(list)           # (method, group of languages, setting) -> one mean a run
     for own in scores:
         run = own.run
         method = method_name(run.meta["kind"], run.meta["prompt"])
+        setting = f"{run.sources} {run.meta['backbone'].get('fingerprint')}"
         for title, (mean, _, _) in own.means().items():
             if mean is not None:
-                means[f"{method}, {len(run.sources)} sources", title].append(mean)
+                means[f"{method}, {len(run.sources)} sources", title, setting].append(mean)
     text = ["mean ± standard deviation over runs"]
-    for (method, title), values in means.items():
+    for (method, title, _), values in means.items():
         spread = f"± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
         text.append(f"  {method:<20} {title:<20} {np.mean(values):5.1f} {spread:<6} "
                     f"{len(values)} runs")

@@ -406,9 +406,10 @@ def comparison_table(comparison):
     remarks = [f"Target languages: {won} won, {lost} lost; significant (t test over seeds and "
                f"paired sentences, by Holm over {comparison.tested} languages): {names}."]
     if seeds == 1:
-        remarks.append("One seed: this compares two runs, not two methods. The intervals cover the "
-                       "choice of test sentences alone; of two equal methods they call one better "
-                       "in about a third of all cases, because runs of one method differ, too.")
+        remarks.append("One seed, and so no test: this compares two runs, not two methods. The "
+                       "intervals cover the choice of test sentences alone; of two equal methods "
+                       "they call one better in about a third of all cases, because runs of one "
+                       "method differ, too.")
     columns = {"group": "group", "languages": "languages", "A": a, "B": b,
                "A - B": f"{a} - {b}", "low": "95 % from", "high": "to"}
     title = f"{a} against {b}: accuracy in percent, {seeds} seeds each"

@@ -175,10 +175,12 @@ def outcome(folder):
     """Why the training of a run has ended: "all steps", "diverged: ..."; "" if it has not."""
     if (folder / DIVERGED).is_file():
         return (folder / DIVERGED).read_text()
-    if (folder / "prompt.json").is_file():
-        with reading(folder / "prompt.json"):
-            return read_json(folder / "prompt.json")["training"]["stopped"]
-    return ""
+    path = folder / "prompt.json"
+    if not path.is_file():
+        return ""
+    meta = read_json(path)
+    with reading(path):
+        return meta["training"]["stopped"]
 
 
 def command_of(folder):
@@ -219,8 +221,8 @@ class Run:
 
     where: a run folder, a folder of the authors' release, or a name on the hub (name@branch).
     backbone, data: a folder or hub name instead of the run's own. trust: run the code that comes
-    with the backbone. Raises FileNotFoundError for what is not there, ValueError for files that
-    cannot be used.
+    with the backbone. Raises ValueError for what is not there or cannot be used, FileNotFoundError
+    for a folder that is not a run.
 
     .name, .folder; .modules, .meta (see load_prompt); .prompt, or None; .config (see config.yaml);
     .sources, codes of languages; .results: the folder for its scores; .changed: whether backbone or

@@ -588,7 +588,8 @@ def check_corpus(corpus, languages, config, source):
     targets = []
     if config["evaluate"]["after_training"]:
         targets = languages if source else known
-        check(any(corpus.read_any(code, "test") for code in targets),
+        enough = all if source else any
+        check(enough(corpus.read_any(code, "test") for code in targets),
               f"{corpus.root}: no test.tsv; without scoring: --set evaluate.after_training=false")
     for line in find_leaks(corpus, languages, targets):
         warn(line)

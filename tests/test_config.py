@@ -102,6 +102,7 @@ def test_layers(tmp_path, text, settings, expected):
     ("train: {batch_size: 0}", "train.batch_size must be at least 1, not 0"),
     ("backbone: {dropout: no}", "backbone.dropout must be true or false, not 'no'"),
     ("prompt: {encoder: mpl}", "prompt.encoder cannot be 'mpl', only mlp, lstm, attention, none"),
+    ("adapt: {warmup: 5}", "adapt.warmup is a share from 0 to 1, not 5"),
     ("train: 3", "train is a section of settings, not a value"),
     ("sources: [x]", "sources must name a group"),
     ("train:\n  steps: 1\n  steps: 1", "the key 'steps' is given twice .* line 3"),

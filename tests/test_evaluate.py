@@ -29,7 +29,7 @@ import evaluate
 import runs
 import train
 import xpe
-from helpers import WORDS, close, corpus, run
+from helpers import WORDS, close, corpus, run, tiny_backbone
 
 
 EXACT = "--device cpu --amp off "
@@ -257,6 +257,16 @@ def test_nothing_is_written_over(one, tmp_path):
     score(f"{command} ccc_Latn --again")
     table = read_csv(tmp_path / "out" / one.name / "test.csv")
     assert [line["language"] for line in table] == ["ccc_Latn"]
+
+
+def test_means_are_of_one_backbone_and_one_source_group(world, tmp_path):
+    """Catches: a mean ± deviation over runs that only share a name."""
+    other = tiny_backbone(tmp_path / "other", initializer_range=0.2)
+    write_run(tmp_path / "a", world)
+    write_run(tmp_path / "b", world, backbone={"name": str(other), "revision": "local"})
+    write_run(tmp_path / "c", world, sources=["aaa_Latn", "ccc_Latn"])
+    out, _ = score(f"{tmp_path}/a {tmp_path}/b {tmp_path}/c")
+    assert out.count(" 1 runs") == len(re.findall(r"\d runs", out)) == 6
 
 
 def test_other_labels_are_refused(world, one, tmp_path):

@@ -507,6 +507,7 @@ def test_an_adapted_prompt_starts_from_its_source(world, usual, tmp_path, rates)
         scored, = runs.read_json(folder / "test.json")["lines"]
         assert scored["language"] == language
     assert f"report.py {usual} {tmp_path}/" in told         # before and after, side by side
+    assert "mean ±" not in told         # of languages that have nothing in common but their group
 
 
 @pytest.mark.parametrize("arguments, message", [
