@@ -58,7 +58,7 @@ import transformers
 from torch.utils.benchmark import timer         # time.perf_counter, which waits for the GPU first
 
 import train
-from backbone import pick_device, pick_precision, place
+from backbone import place
 from data import HERE, length_batches, make_parser, reading, run_main
 from evaluate import predict
 
@@ -77,12 +77,10 @@ def read_job(options):
     args = train.parse_arguments(["--sources", f"{HERE}/sample/config.yaml", *options, "--mode",
                                   "xpe", *(f"--set={setting}" for setting in FIXED)])
     job = train.read_job(args)
-    job.device = pick_device(args.device)
-    job.cfg["amp"] = pick_precision(job.cfg["amp"], job.device)
     job.quiet = True
     job.arrived = []
     train.prepare_backbone(job)
-    job.task = train.Task(job.corpus, job.languages, job.tokenizer, job.max_length, job.cfg)
+    job.task = train.Task(job, job.languages)
     job.task.ids["dev"] = job.task.ids["dev"][:1]       # the loop ends with an evaluation
     config = job.backbone.config
     config.num_labels = len(job.corpus.labels)          # of the toolkit's model
@@ -96,7 +94,7 @@ def start_training(job, K, steps):
     """-> K learners about to train, which keep and write nothing; their model."""
     learners = []
     for seed in range(K):
-        learner = train.Learner("no folder", seed, job.task, {"training": {}})
+        learner = train.Learner("no folder", seed, (), {"training": {}}, job.task)
         learner.record_evaluation = lambda *_: None
         learner.build(job, None, steps)
         learners.append(learner)

@@ -9,6 +9,8 @@ is a word where a word is wanted.
     config["train"]["steps"]                                            # 100
     resolve_group(config, "all_without_joshi5")                         # 198 language codes
 """
+import json
+
 import yaml
 
 import xpe
@@ -26,7 +28,7 @@ CHOICES = {
     "class_weights": ("none", "balanced"),
 }
 # Settings that cannot be zero; in others, epochs for one, 0 has a meaning of its own.
-AT_LEAST_ONE = ("batch_size", "accumulate", "learners_at_once")
+AT_LEAST_ONE = ("steps", "batch_size", "accumulate", "learners_at_once")
 SHARES = ("warmup", "patience_after")       # of the steps, not percent
 
 
@@ -94,14 +96,10 @@ def read_config(path=None, settings=()):
 
 def read_default(text):
     """A value of config.yaml: true or false, a whole number, a number, or else as it stands."""
-    if text in ("true", "false"):
-        return text == "true"
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except (ValueError, TypeError):
-            continue
-    return text
+    try:
+        return json.loads(text)
+    except (ValueError, TypeError):     # a word, or a group's list
+        return text
 
 
 def lay_over(config, layer, where):

@@ -62,7 +62,7 @@ def reading(path):
         if isinstance(error, OSError) and error.filename:
             raise
         lacks = "lacks " if isinstance(error, KeyError) else ""
-        raise ValueError(f"{path}: {lacks}{shorten(error)}") from None
+        raise ValueError(f"{path}: {lacks}{shorten(str(error) or type(error))}") from None
 
 
 def warn(line):
@@ -70,9 +70,9 @@ def warn(line):
     print(f"warning: {line}", file=sys.stderr)
 
 
-def shorten(message, limit=600):
-    """Return a message or error in one line of at most `limit` characters."""
-    return textwrap.shorten(str(message) or type(message).__name__, limit, placeholder=" ...")
+def shorten(message):
+    """Return a message or error in one line of at most 800 characters."""
+    return textwrap.shorten(str(message), 800, placeholder=" ...")
 
 
 def shorten_list(words):
@@ -110,7 +110,7 @@ def run_main(main):
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError) as error:
-        line = shorten(error, 1000)
+        line = shorten(error)
     except RuntimeError as error:
         if "allocate" not in str(error):        # torch's word for too little memory
             raise

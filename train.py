@@ -57,31 +57,31 @@ warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
 class Task:
     """Training and dev sentences of some languages, tokenized; all seeds share them."""
 
-    def __init__(self, corpus, languages, tokenizer, max_length, cfg):
+    def __init__(self, job, languages):
         self.ids = {}
         self.labels = {}
         everything = []
         for split in ("train", "dev"):
-            sentences = [s for language in languages for s in corpus.read(language, split)]
+            sentences = [s for language in languages for s in job.corpus.read(language, split)]
             texts = [sentence.text for sentence in sentences]
-            self.ids[split] = encode(texts, tokenizer, max_length)
+            self.ids[split] = encode(texts, job.tokenizer, job.max_length)
             self.labels[split] = np.array([sentence.label for sentence in sentences])
             everything += sentences
         self.fingerprint = fingerprint(everything)
         self.lengths = np.array([len(ids) for ids in self.ids["train"]])
 
         ids = np.concatenate(self.ids["train"])
-        unknown = np.mean(ids == tokenizer.unk_token_id)
+        unknown = np.mean(ids == job.tokenizer.unk_token_id)
         check(unknown < 0.7, f"{unknown:.0%} of the tokens of {', '.join(languages)} are unknown "
                              f"to the tokenizer: its files are missing, or another model's")
         size = len(self.lengths)
-        if size < cfg["batch_size"]:
+        if size < job.cfg["batch_size"]:
             warn(f"{size} training sentences are fewer than train.batch_size")
-        counts = np.bincount(self.labels["train"], minlength=len(corpus.labels))
+        counts = np.bincount(self.labels["train"], minlength=len(job.corpus.labels))
         for number in np.flatnonzero(counts == 0):
-            warn(f"no training sentence has the label {corpus.labels[number]}")
+            warn(f"no training sentence has the label {job.corpus.labels[number]}")
         weights = np.ones(len(counts))
-        if cfg["class_weights"] == "balanced":      # n / (classes x count), as scikit-learn has it
+        if job.cfg["class_weights"] == "balanced":  # n / (classes x count), as in scikit-learn
             weights = size / (len(counts) * counts.clip(min=1))
         self.class_weights = torch.tensor(weights, dtype=torch.float32)
 
@@ -142,8 +142,9 @@ class Learner:
 
     folder: Path
     seed: int
-    task: Task
+    languages: tuple
     meta: dict                  # becomes prompt.json
+    task: Task = None
     log: object = None          # metrics.jsonl, open and locked
     best_tensors: dict = None   # of the best step, on the CPU
     progress: Progress = field(default_factory=Progress)
@@ -172,12 +173,6 @@ class Learner:
         self.class_weights = self.task.class_weights.to(job.device)
         self.loss_sum = torch.zeros((), device=job.device)      # since the last evaluation
 
-    def loss(self, logits, labels):
-        """The mean loss of a batch, logits (B, C). ours: divided by sentences and not, as torch
-        does it, by their class weights, which would cancel in a batch of one."""
-        loss = F.cross_entropy(logits, labels, self.class_weights, reduction="sum")
-        return loss / len(labels)
-
     def step(self, clip):
         """Clip the gradient of this learner, take one step, move the schedule on."""
         self.scaler.unscale_(self.optimizer)
@@ -189,14 +184,15 @@ class Learner:
         self.optimizer.zero_grad()
 
     def record_evaluation(self, step, steps, logits, train_loss, cfg):
-        """Take in logits (n, C) of the dev split: keep the best tensors, log, decide on a stop."""
+        """Take in logits (n, C) of the dev split: keep the best tensors, log, decide on a stop ->
+        the accuracy in percent."""
         progress = self.progress
         labels = self.task.labels["dev"]
         dev_loss = float(F.cross_entropy(logits, torch.from_numpy(labels)))
+        dev_accuracy = accuracy(labels, logits.argmax(dim=1))
         if not math.isfinite(dev_loss + train_loss):
             progress.stopped = f"diverged: the loss is no longer finite at step {step}"
-            return
-        dev_accuracy = accuracy(labels, logits.argmax(dim=1))
+            return dev_accuracy
         line = {"step": step, "loss": round(train_loss, 6), "dev_accuracy": round(dev_accuracy, 4),
                 "dev_loss": round(dev_loss, 6)}
         if not progress.best or line["dev_accuracy"] > progress.best["dev_accuracy"]:
@@ -218,6 +214,7 @@ class Learner:
             self.log.write(json.dumps(line).encode() + b"\n")
             self.log.flush()
         progress.log_bytes = self.log.tell()
+        return dev_accuracy
 
     def check_settings(self, before):
         """Raise ValueError unless before["settings"] are those of this run."""
@@ -252,8 +249,7 @@ class Learner:
         modules = self.modules
         modules.load_state_dict(self.best_tensors)
         if "backbone" in modules:
-            tensors = {name: tensor.cpu() for name, tensor in
-                       modules.pop("backbone").state_dict().items()}
+            tensors = modules.pop("backbone").cpu().state_dict()
             write_atomically(self.folder / "backbone.safetensors", save(tensors, {"format": "pt"}))
         best = progress.best
         self.meta["training"].update(best, stopped=progress.stopped)
@@ -290,10 +286,8 @@ def join_batches(learners, orders, number, job):
 def train(learners, model, job, checkpoint, start=0):
     """Train the K learners of a pass until each has stopped; a signal ends the process.
 
-    `model` holds their prompts and heads. All have equally many sentences: then the batches of a
-    step are of one size and of like lengths. `job`: .cfg, .device, .autocast, .pad_id, .quiet,
-    .arrived (a list of signals). `checkpoint`: where to write it; `start`: the step that it stands
-    at.
+    `model` holds their prompts and heads; all have equally many sentences. `job`: .cfg, .device,
+    .autocast, .pad_id, .quiet, .arrived (signals). `checkpoint`: its path; `start`: its step.
     """
     cfg = job.cfg
     steps, per_epoch, batches = count_steps(cfg, len(learners[0].task.lengths))
@@ -323,7 +317,9 @@ def train(learners, model, job, checkpoint, start=0):
             K = len(learners)
             total = 0.0
             for learner, block, wanted in zip(learners, logits.float().chunk(K), labels.chunk(K)):
-                loss = learner.loss(block, wanted) / len(numbers)
+                # ours: divided by sentences; class weights would cancel in a batch of one
+                loss = F.cross_entropy(block, wanted, learner.class_weights, reduction="sum")
+                loss = loss / len(wanted) / len(numbers)
                 learner.loss_sum += loss.detach()       # stays on the device: a look would wait
                 total = total + learner.scaler.scale(loss)
             total.backward()
@@ -353,14 +349,14 @@ def evaluate_learners(learners, model, step, steps, since, job):
     """Evaluate each learner on its own dev split, all in one go; since: steps since the last."""
     texts = [learner.task.ids["dev"] for learner in learners]
     logits = predict(model, texts, job.pad_id, job.cfg["tokens"], job.autocast)
+    accuracies = []
     for learner, own_logits in zip(learners, logits):
         train_loss = float(learner.loss_sum) / since
         learner.loss_sum.zero_()
-        learner.record_evaluation(step, steps, own_logits, train_loss, job.cfg)
+        figure = learner.record_evaluation(step, steps, own_logits, train_loss, job.cfg)
+        accuracies.append(figure)
     if not job.quiet:
-        bests = [learner.progress.best for learner in learners]
-        best = [line["dev_accuracy"] for line in bests if line]
-        tqdm.write(f"step {step:>6,} of {steps:,}: best dev accuracy {np.mean(best or 0):.1f}")
+        tqdm.write(f"step {step:>6,} of {steps:,}: dev accuracy {np.mean(accuracies):.1f}")
 
 
 def finish_stopped(learners):
@@ -470,7 +466,7 @@ def run_pass(job, learners, path, state):
 # ---- The command ---------------------------------------------------------------------------------
 
 OPTIONS = """
---sources FILE  settings file; its `sources:` names the group to train on
+--sources FILE  settings file over config.yaml; its `sources:` names the group to train on
 --mode MODE  spt, xpe, dual, or the baselines head and full
 --ratio SHARE  with --mode dual: share of encoded rows
 --group NAME  another group of the settings file
@@ -485,6 +481,10 @@ OPTIONS = """
 --device NAME=auto  cpu, cuda, cuda:1 ...; auto: a GPU if there is one
 """
 
+# Options that stand for a setting
+SETTINGS = {"steps": "train.steps", "ratio": "prompt.ratio", "data": "data.name",
+            "backbone": "backbone.name", "group": "sources"}
+
 
 def in_reach(script):
     """A script of this repository as one has to write it in the working directory."""
@@ -497,7 +497,6 @@ def parse_arguments(argv):
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value",
                         help="any setting")
     args = parser.parse_args(argv)
-    check(args.sources, "--sources is missing: a settings file, config.yaml for example")
     check(not args.adapt or args.group or args.languages,
           "--adapt needs its target languages: --group NAME or --languages CODES")
     args.out = Path(args.out).expanduser()
@@ -506,9 +505,8 @@ def parse_arguments(argv):
         check(codes and not args.group, "--languages takes codes, and no --group beside it")
         args.group = "+".join(codes) if len(codes) < 4 else f"{len(codes)}-languages"
         args.set.insert(0, f"groups.{args.group}={json.dumps(codes)}")
-    for name, value in (("train.steps", args.steps), ("prompt.ratio", args.ratio),
-                        ("data.name", args.data), ("backbone.name", args.backbone),
-                        ("sources", args.group)):
+    for option, name in SETTINGS.items():
+        value = getattr(args, option)
         if value is not None:
             # before the others: --set has the last word; quoted, or YAML would read # and :
             args.set.insert(0, f"{name}={json.dumps(value)}")
@@ -534,7 +532,7 @@ def read_job(args):
     config: all settings, resolved; cfg: the section `train` as this mode has it, and what else the
     loop needs; source: the Run to adapt, or None; group: the name of `languages`; corpus, and data,
     where it is (see data.locate); prompt, and later head: arguments of SoftPrompt and
-    ClassificationHead; mode, reads, max_length, trust (in the backbone's code); later device,
+    ClassificationHead; mode, reads, max_length, trust (in the backbone's code), device; later
     quiet, arrived (signals), autocast and what prepare_backbone adds.
     """
     config = read_config(args.sources, args.set)
@@ -549,7 +547,8 @@ def read_job(args):
         section = "adapt"
     cfg = {**config["train"], **config[section], "mode": mode,
            "dropout": config["backbone"]["dropout"], "tokens": config["evaluate"]["tokens"]}
-    check(cfg["steps"] or cfg["epochs"], f"{section}.steps must be at least 1")
+    device = pick_device(args.device)
+    cfg["amp"] = pick_precision(cfg["amp"], device)
     corpus, data = open_corpus(config["data"])
     group = config["sources"]
     check(group in config["groups"], f"no group {group!r}{nearest(group, config['groups'])}")
@@ -569,7 +568,6 @@ def read_job(args):
         config["data"]["max_length"] = source.meta["max_length"]
     elif mode != "dual":
         prompt["ratio"] = float(mode == "xpe")
-    check(mode != "dual" or 0 < prompt["ratio"] < 1, "prompt.ratio: DUAL needs 0 < ratio < 1")
     if mode == "full" and prompt["reads"] == "prompt":
         prompt["reads"] = "first"           # there is no prompt: position 0 is <s>
     max_length = config["data"]["max_length"]
@@ -595,9 +593,8 @@ def check_corpus(corpus, languages, config, source):
         warn(line)
 
 
-def plan_runs(job, args):
-    """-> (folder, seed, languages, source facts) of a run for each seed; with a source run, for
-    each seed and target language."""
+def plan_learners(job, args):
+    """-> a Learner for each seed; with a source run, for each seed and target language."""
     source = job.source
     if source:
         plans = [(f"{source.name}-to-{code}", (code,), {
@@ -607,17 +604,8 @@ def plan_runs(job, args):
         name = f"{method_name(job.mode, job.prompt)}-{job.group}"
         plans = [(name, tuple(job.languages), {"sources": job.languages})]
     seeds = parse_seeds(args.seeds or str(source.meta.get("seed", 11) if source else 11))
-    return [(args.out / f"{name}-s{seed}", seed, languages, facts)
+    return [Learner(args.out / f"{name}-s{seed}", seed, languages, {"seed": seed, **facts})
             for seed in seeds for name, languages, facts in plans]
-
-
-def check_folder(folder, resume):
-    """Report a finished run. Raises FileExistsError for a folder that would be written over."""
-    if folder.exists() and not resume:
-        raise FileExistsError(f"{folder} exists: --resume goes on with the same settings, --out "
-                              f"FOLDER starts elsewhere. It was started with: {command_of(folder)}")
-    if outcome(folder):
-        print(f"{folder}: finished already, {outcome(folder)}")
 
 
 def prepare_backbone(job):
@@ -648,28 +636,27 @@ def prepare_backbone(job):
     job.pad_id = job.tokenizer.pad_token_id or 0
 
 
-def make_learners(job, plans):
-    """Read and tokenize the data of the planned runs -> list of Learner."""
+def prepare_learners(job, learners):
+    """Read and tokenize their data, complete their meta, and check what has finished."""
     settings = {**job.cfg, "backbone": job.identity["fingerprint"], "reads": job.reads,
                 "source": job.source and job.source.fingerprint(), "max_length": job.max_length}
     settings.update({f"prompt.{key}": value for key, value in job.prompt.items()})
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     tasks = {}
-    learners = []
-    for folder, seed, languages, facts in plans:
+    for learner in learners:
+        languages = learner.languages
         if languages not in tasks:
-            tasks[languages] = Task(job.corpus, languages, job.tokenizer, job.max_length, job.cfg)
-        data = tasks[languages].fingerprint
-        meta = {"kind": job.mode, "seed": seed, **facts, "backbone": job.identity,
-                "labels": list(job.corpus.labels), "reads": job.reads,
-                "max_length": job.max_length, "data": {**job.data, "fingerprint": data},
-                "training": {"settings": {**settings, "data": data}, "versions": versions}}
-        learners.append(Learner(folder, seed, tasks[languages], meta))
-        path = folder / "prompt.json"
+            tasks[languages] = Task(job, languages)
+        learner.task = tasks[languages]
+        data = learner.task.fingerprint
+        learner.meta = {"kind": job.mode, **learner.meta, "backbone": job.identity,
+                        "labels": list(job.corpus.labels), "reads": job.reads,
+                        "max_length": job.max_length, "data": {**job.data, "fingerprint": data},
+                        "training": {"settings": {**settings, "data": data}, "versions": versions}}
+        path = learner.folder / "prompt.json"
         if path.is_file():
             with reading(path):
-                learners[-1].check_settings(read_json(path)["training"])
-    return learners
+                learner.check_settings(read_json(path)["training"])
 
 
 def main(argv=None):
@@ -680,13 +667,16 @@ def main(argv=None):
     rank = int(os.environ.get("RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     job.quiet = rank > 0
-    job.device = pick_device(args.device)
-    job.cfg["amp"] = pick_precision(job.cfg["amp"], job.device)
-    plans = plan_runs(job, args)[rank::world_size]
-    for folder, *_ in plans:
-        check_folder(folder, args.resume)
+    learners = plan_learners(job, args)[rank::world_size]
+    for learner in learners:
+        folder = learner.folder
+        check(args.resume or not folder.exists(),
+              f"{folder} exists: --resume goes on with the same settings, --out FOLDER starts "
+              f"elsewhere. It was started with: {command_of(folder)}")
+        if outcome(folder):
+            print(f"{folder}: finished already, {outcome(folder)}")
     prepare_backbone(job)
-    learners = make_learners(job, plans)
+    prepare_learners(job, learners)
     for learner in learners:            # from here on, nobody else can train these runs
         learner.log = open_log(learner.folder)
     size = 1 if job.mode == "full" else job.cfg["learners_at_once"]
@@ -699,20 +689,20 @@ def main(argv=None):
 
 def report_results(learners, job):
     """Score what was trained and say what to do next -> exit status: 2 if a learner diverged."""
-    trained = [learner.folder for learner in learners
-               if (learner.folder / "prompt.json").is_file()]
+    folders = [learner.folder for learner in learners]
+    trained = [folder for folder in folders if (folder / "prompt.json").is_file()]
     if job.config["evaluate"]["after_training"]:
         runs = [Run(folder, trust=job.trust) for folder in trained]
         score_runs(runs, "test", None, job.device, job.cfg["amp"])
     if trained and not job.quiet:
-        folders = [shlex.quote(str(folder)) for folder in trained]
-        print("next:")
-        print(f"  python {in_reach('evaluate.py')} {folders[0]} --text \"Your sentence\"")
-        if job.source:
-            folders.insert(0, shlex.quote(str(job.source.folder)))
-        print(f"  python {in_reach('report.py')} {' '.join(folders)}")
-    diverged = any(outcome(folder).startswith("diverged") for folder in trained)
-    return 2 if diverged or len(trained) < len(learners) else 0
+        first = shlex.quote(str(trained[0]))
+        before = [job.source.folder] if job.source else []
+        scored = shlex.join(map(str, before + trained))
+        print(f"next:\n"
+              f"  python {in_reach('evaluate.py')} {first} --text \"Your sentence\"\n"
+              f"  python {in_reach('report.py')} {scored}")
+    diverged = any(outcome(folder).startswith("diverged") for folder in folders)
+    return 2 if diverged else 0
 
 
 if __name__ == "__main__":

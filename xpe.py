@@ -23,6 +23,8 @@ of prompts and heads; K = 1 is the paper's case). In an attention mask 1 is a to
 
 Read downwards: encoders, SoftPrompt, ClassificationHead, PromptedClassifier.
 """
+import copy
+
 import torch
 from torch import nn
 
@@ -159,12 +161,9 @@ class SoftPrompt(nn.Module):
     @torch.no_grad()
     def collapse(self):
         """The SPT with the same rows: at inference each of the three prompts is a matrix (P, H)."""
-        was_training = self.training
-        self.eval()
-        matrix = self(1)[0]
-        self.train(was_training)
+        rows = copy.deepcopy(self).eval()(1)[0]
         collapsed = SoftPrompt(self.config["width"], self.length, ratio=0.0)
-        collapsed.standard = nn.Parameter(matrix.clone())
+        collapsed.standard = nn.Parameter(rows)
         return collapsed
 
 
