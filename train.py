@@ -83,7 +83,7 @@ class Task:
         weights = np.ones(len(counts))
         if job.cfg["class_weights"] == "balanced":  # n / (classes x count), as in scikit-learn
             weights = size / (len(counts) * counts.clip(min=1))
-        self.class_weights = torch.tensor(weights, dtype=torch.float32)
+        self.class_weights = torch.tensor(weights, dtype=torch.float32, device=job.device)
 
 
 # ---- Rates: which tensor moves how fast ----------------------------------------------------------
@@ -170,7 +170,6 @@ class Learner:
         self.optimizer = make_optimizer(groups, job.cfg["optimizer"])
         self.schedule = make_schedule(self.optimizer, steps, job.cfg)
         self.scaler = torch.amp.GradScaler(job.device.type, enabled=job.cfg["amp"] == "fp16")
-        self.class_weights = self.task.class_weights.to(job.device)
         self.loss_sum = torch.zeros((), device=job.device)      # since the last evaluation
 
     def step(self, clip):
@@ -308,7 +307,7 @@ def train(learners, model, job, checkpoint, start=0):
             orders = [length_batches(learner.task.lengths, cfg["batch_size"], learner.seed, epoch)
                       for learner in learners]
         first = position * cfg["accumulate"]
-        numbers = range(first, min(first + cfg["accumulate"], batches))
+        numbers = range(batches)[first:first + cfg["accumulate"]]
 
         for number in numbers:
             ids, mask, labels = join_batches(learners, orders, number, job)
@@ -318,7 +317,7 @@ def train(learners, model, job, checkpoint, start=0):
             total = 0.0
             for learner, block, wanted in zip(learners, logits.float().chunk(K), labels.chunk(K)):
                 # ours: divided by sentences; class weights would cancel in a batch of one
-                loss = F.cross_entropy(block, wanted, learner.class_weights, reduction="sum")
+                loss = F.cross_entropy(block, wanted, learner.task.class_weights, reduction="sum")
                 loss = loss / len(wanted) / len(numbers)
                 learner.loss_sum += loss.detach()       # stays on the device: a look would wait
                 total = total + learner.scaler.scale(loss)
