@@ -212,10 +212,10 @@ def check_backbone(backbone, tokenizer, identity, reads):
         with torch.no_grad():
             alone = model(*collate([short], 0))
             beside, other = model(*both)
-            ids, mask = collate([long], 0)
+            ids, _ = collate([long], 0)
             words = backbone.get_input_embeddings()(ids)
-            from_ids = backbone(input_ids=ids, attention_mask=mask)[0]
-            from_words = backbone(inputs_embeds=words, attention_mask=mask)[0]
+            from_ids = backbone(input_ids=ids)[0]
+            from_words = backbone(inputs_embeds=words)[0]
         check(relative_change(from_ids, from_words) < 1e-3,
               "its states differ when it is given word embeddings instead of input_ids (it scales "
               "only its own), so a prompt cannot stand before them")

@@ -90,15 +90,15 @@ def read_job(options):
 
 # ---- Contenders: each is the lengths of its texts in tokens, and a function that runs a turn -----
 
-def start_training(job, K, steps):
+def start_training(job, K):
     """-> K learners about to train, which keep and write nothing; their model."""
     learners = []
     for seed in range(K):
-        learner = train.Learner("no folder", seed, (), {"training": {}}, job.task)
+        learner = train.Learner("no folder", seed, {"training": {}}, job.task)
         learner.record_evaluation = lambda *_: None
-        learner.build(job, None, steps)
+        learner.build(job)
         learners.append(learner)
-    return learners, train.join_learners(learners, job.backbone, job.reads)
+    return learners, train.join_learners(learners, job)
 
 
 def make_ours(job, K, steps):
@@ -111,8 +111,8 @@ def make_ours(job, K, steps):
     count = len(batches) // K
 
     def run():
-        job.cfg["steps"] = count
-        learners, model = start_training(job, K, count)
+        job.task.steps = count
+        learners, model = start_training(job, K)
         train.train(learners, model, job, checkpoint=None)
 
     return job.task.lengths[indices], run
@@ -197,7 +197,7 @@ def main(argv=None):
     steps = int(args.steps)
     turns = int(args.turns)
     job = read_job(options)
-    _, model = start_training(job, 1, 1)
+    _, model = start_training(job, 1)
     job.autocast = place(model, job.device, job.cfg["amp"], job.cfg["frozen_weights"])
     job.whole.to(job.device, job.backbone.dtype)
     print(job.device, job.cfg["amp"], job.whole.config._attn_implementation)

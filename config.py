@@ -69,10 +69,7 @@ def read_config(path=None, settings=()):
     of the sections `adapt` and `full`, and `steps` sets `epochs` to 0. Raises ValueError that says
     where, which key, and what is possible.
     """
-    config = load_yaml(read_text(HERE / "config.yaml"), "config.yaml")
-    for section, values in config.items():
-        if section != "sources":
-            config[section] = {key: read_default(value) for key, value in values.items()}
+    config = read_default(load_yaml(read_text(HERE / "config.yaml"), "config.yaml"))
     if path is not None:
         layer = load_yaml(read_text(path), path)
         check(isinstance(layer, dict), f"{path}: must be a mapping, section: {{key: value}}")
@@ -94,12 +91,15 @@ def read_config(path=None, settings=()):
     return config
 
 
-def read_default(text):
-    """A value of config.yaml: true or false, a whole number, a number, or else as it stands."""
+def read_default(value):
+    """A value of config.yaml, or a section of them: true or false, a whole number, a number, or
+    else as it stands."""
+    if isinstance(value, dict):
+        return {key: read_default(part) for key, part in value.items()}
     try:
-        return json.loads(text)
+        return json.loads(value)
     except (ValueError, TypeError):     # a word, or a group's list
-        return text
+        return value
 
 
 def lay_over(config, layer, where):

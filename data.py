@@ -110,13 +110,13 @@ def run_main(main):
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError) as error:
-        line = shorten(error)
+        line = error
     except RuntimeError as error:
         if "allocate" not in str(error):        # torch's word for too little memory
             raise
         line = ("out of memory: lower train.learners_at_once, train.batch_size or evaluate.tokens "
-                f"(of a trained run in its config.yaml): {shorten(error)}")
-    print(f"error: {line}", file=sys.stderr)
+                f"(of a trained run in its config.yaml): {error}")
+    print(f"error: {shorten(line)}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -191,7 +191,7 @@ class Corpus:
     """
 
     def __init__(self, root):
-        self.root = Path(root)
+        self.root = root
         self.files = defaultdict(dict)
         for path in sorted(self.root.glob("[!.]*/*.tsv")):
             split = path.stem.replace("validation", "dev")

@@ -157,7 +157,7 @@ def open_log(folder):
     Raises FileExistsError if another process has it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / "metrics.jsonl", "ab")
+    file = open(folder / "metrics.jsonl", "a")
     try:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)        # ends with the process

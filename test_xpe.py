@@ -100,7 +100,8 @@ def test_parameter_counts(method, ratio, standard, encoded, total):
 @pytest.mark.parametrize("ratio, rows", [(0, 0), (0.01, 1), (0.34, 6), (0.99, 19), (1, 20)])
 def test_encoded_rows(ratio, rows):
     """Catches: rounding instead of int(); a DUAL that is in truth an SPT or an XPE."""
-    assert xpe.count_encoded_rows(20, ratio) == rows
+    shapes = xpe.SoftPrompt(8, 20, ratio).state_dict()
+    assert len(shapes.get("encoded", ())) == rows == 20 - len(shapes.get("standard", ()))
 
 
 def test_initialisation():

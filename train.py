@@ -24,7 +24,7 @@ import sys
 import warnings
 from collections import defaultdict
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,8 +45,9 @@ from evaluate import accuracy, majority, predict, score_runs
 from runs import (DIVERGED, Run, command_of, differences, method_name, open_log, outcome,
                   read_checkpoint, read_json, save_checkpoint, save_prompt, write_atomically)
 
-PARTS = ("modules", "optimizer", "schedule", "scaler")     # of a learner, with a state of their own
-SAVE_MEMORY = ("learners_at_once", "tokens")        # settings that may change on --resume
+# What a checkpoint keeps of a learner: plain values, and parts with a state of their own
+VALUES = ("best", "best_tensors", "lowest_loss", "waited", "stopped", "log_bytes")
+PARTS = ("modules", "optimizer", "schedule", "scaler")
 
 # Under fp16 a first step that overflows is left out, as it should be; torch takes it for a mistake
 warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
@@ -58,6 +59,7 @@ class Task:
     """Training and dev sentences of some languages, tokenized; all seeds share them."""
 
     def __init__(self, job, languages):
+        cfg = job.cfg
         self.ids = {}
         self.labels = {}
         everything = []
@@ -65,7 +67,7 @@ class Task:
             sentences = [s for language in languages for s in job.corpus.read(language, split)]
             texts = [sentence.text for sentence in sentences]
             self.ids[split] = encode(texts, job.tokenizer, job.max_length)
-            self.labels[split] = np.array([sentence.label for sentence in sentences])
+            self.labels[split] = torch.tensor([sentence.label for sentence in sentences])
             everything += sentences
         self.fingerprint = fingerprint(everything)
         self.lengths = np.array([len(ids) for ids in self.ids["train"]])
@@ -75,13 +77,17 @@ class Task:
         check(unknown < 0.7, f"{unknown:.0%} of the tokens of {', '.join(languages)} are unknown "
                              f"to the tokenizer: its files are missing, or another model's")
         size = len(self.lengths)
-        if size < job.cfg["batch_size"]:
+        batches = math.ceil(size / cfg["batch_size"])
+        self.epoch_steps = math.ceil(batches / cfg["accumulate"])           # of the optimizer
+        self.steps = cfg["epochs"] * self.epoch_steps or cfg["steps"]       # of the whole run
+        self.evaluate_every = cfg["evaluate_every"] or self.epoch_steps
+        if size < cfg["batch_size"]:
             warn(f"{size} training sentences are fewer than train.batch_size")
         counts = np.bincount(self.labels["train"], minlength=len(job.corpus.labels))
         for number in np.flatnonzero(counts == 0):
             warn(f"no training sentence has the label {job.corpus.labels[number]}")
         weights = np.ones(len(counts))
-        if job.cfg["class_weights"] == "balanced":  # n / (classes x count), as in scikit-learn
+        if cfg["class_weights"] == "balanced":  # n / (classes x count), as in scikit-learn
             weights = size / (len(counts) * counts.clip(min=1))
         self.class_weights = torch.tensor(weights, dtype=torch.float32, device=job.device)
 
@@ -111,8 +117,8 @@ def make_optimizer(groups, name):
     """paper: Adafactor at fixed rates, clip threshold 1, decay -0.8, no momentum."""
     if name == "adamw":
         return torch.optim.AdamW(groups)
-    return transformers.Adafactor(groups, lr=0.0, relative_step=False, scale_parameter=False,
-                                  warmup_init=False, clip_threshold=1.0, decay_rate=-0.8)
+    return transformers.Adafactor(groups, relative_step=False, scale_parameter=False,
+                                  clip_threshold=1.0, decay_rate=-0.8)
 
 
 def make_schedule(optimizer, steps, cfg):
@@ -127,48 +133,42 @@ def make_schedule(optimizer, steps, cfg):
 # ---- The learner ---------------------------------------------------------------------------------
 
 @dataclass
-class Progress:
-    """Where a learner stands: plain values, so that a checkpoint can hold them."""
-    best: dict = None               # the line of metrics.jsonl with the best dev accuracy
-    lowest_loss: float = math.inf   # on the dev split, since patience counts
-    waited: int = 0                 # evaluations without a lower one
-    stopped: str = ""               # why it has ended; empty while it goes on
-    log_bytes: int = 0              # length of metrics.jsonl
-
-
-@dataclass
 class Learner:
     """One prompt in training."""
 
     folder: Path
     seed: int
-    languages: tuple
     meta: dict                  # becomes prompt.json
     task: Task = None
     log: object = None          # metrics.jsonl, open and locked
-    best_tensors: dict = None   # of the best step, on the CPU
-    progress: Progress = field(default_factory=Progress)
+    log_bytes: int = 0          # its length
+    best: dict = None           # the line of it with the best dev accuracy
+    best_tensors: dict = None   # of this step, on the CPU
+    lowest_loss: float = math.inf       # on the dev split, since patience counts
+    waited: int = 0             # evaluations without a lower one
+    stopped: str = ""           # why it has ended; empty while it goes on
 
-    def build(self, job, backbone, steps):
+    def build(self, job):
         """Make prompt and head (from the seed, or a copy of the source run's), optimizer, schedule
         and loss scaler. `modules` is everything that may be trained."""
         torch.manual_seed(self.seed)
         self.modules = torch.nn.ModuleDict()
         if job.mode != "full":
-            self.modules["prompt"] = xpe.SoftPrompt(**job.prompt)
+            prompt = xpe.SoftPrompt(**job.prompt)
+            # the baseline `head`: a random prompt that stays random
+            self.modules["prompt"] = prompt.requires_grad_(job.mode != "head")
         self.modules["head"] = xpe.ClassificationHead(**job.head)
         if job.mode == "full":
-            self.modules["backbone"] = backbone
-        if job.mode == "head":      # the baseline: a random prompt that stays random
-            self.modules["prompt"].requires_grad_(False)
+            # the next learner starts from the same weights
+            self.modules["backbone"] = copy.deepcopy(job.backbone)
         if job.source:
             self.modules.load_state_dict(job.source.modules.state_dict())
         self.modules.to(job.device)
-        self.parameters = [p for p in self.modules.parameters() if p.requires_grad]
-        self.meta["training"]["trainable"] = sum(p.numel() for p in self.parameters)
+        self.meta["training"]["trainable"] = sum(
+            p.numel() for p in self.modules.parameters() if p.requires_grad)
         groups = parameter_groups(self.modules, job.cfg)
         self.optimizer = make_optimizer(groups, job.cfg["optimizer"])
-        self.schedule = make_schedule(self.optimizer, steps, job.cfg)
+        self.schedule = make_schedule(self.optimizer, self.task.steps, job.cfg)
         self.scaler = torch.amp.GradScaler(job.device.type, enabled=job.cfg["amp"] == "fp16")
         self.loss_sum = torch.zeros((), device=job.device)      # since the last evaluation
 
@@ -176,109 +176,105 @@ class Learner:
         """Clip the gradient of this learner, take one step, move the schedule on."""
         self.scaler.unscale_(self.optimizer)
         if clip:
-            torch.nn.utils.clip_grad_norm_(self.parameters, clip)
+            torch.nn.utils.clip_grad_norm_(self.modules.parameters(), clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.schedule.step()
         self.optimizer.zero_grad()
 
-    def record_evaluation(self, step, steps, logits, train_loss, cfg):
+    def record_evaluation(self, step, logits, cfg):
         """Take in logits (n, C) of the dev split: keep the best tensors, log, decide on a stop ->
         the accuracy in percent."""
-        progress = self.progress
-        labels = self.task.labels["dev"]
-        dev_loss = float(F.cross_entropy(logits, torch.from_numpy(labels)))
+        task = self.task
+        labels = task.labels["dev"]
+        train_loss = float(self.loss_sum) / ((step - 1) % task.evaluate_every + 1)
+        self.loss_sum.zero_()
+        dev_loss = float(F.cross_entropy(logits, labels))
         dev_accuracy = accuracy(labels, logits.argmax(dim=1))
         if not math.isfinite(dev_loss + train_loss):
-            progress.stopped = f"diverged: the loss is no longer finite at step {step}"
+            self.stopped = f"diverged: the loss is no longer finite at step {step}"
             return dev_accuracy
         line = {"step": step, "loss": round(train_loss, 6), "dev_accuracy": round(dev_accuracy, 4),
                 "dev_loss": round(dev_loss, 6)}
-        if not progress.best or line["dev_accuracy"] > progress.best["dev_accuracy"]:
-            progress.best = line
+        if not self.best or line["dev_accuracy"] > self.best["dev_accuracy"]:
+            self.best = line
             self.best_tensors = {name: tensor.cpu().clone()
                                  for name, tensor in self.modules.state_dict().items()}
         # paper: patience watches the dev *loss*, and only after half of the steps; what is kept is
         # the best *accuracy*
-        if cfg["patience"] and step >= int(steps * cfg["patience_after"]):
-            progress.waited += 1
-            if dev_loss < progress.lowest_loss:
-                progress.lowest_loss = dev_loss
-                progress.waited = 0
-            if progress.waited >= cfg["patience"]:
-                progress.stopped = f"no lower dev loss in {progress.waited} evaluations"
-        if step == steps:
-            progress.stopped = "all steps"
+        if cfg["patience"] and step >= int(task.steps * cfg["patience_after"]):
+            self.waited += 1
+            if dev_loss < self.lowest_loss:
+                self.lowest_loss = dev_loss
+                self.waited = 0
+            if self.waited >= cfg["patience"]:
+                self.stopped = f"no lower dev loss in {self.waited} evaluations"
+        if step == task.steps:
+            self.stopped = "all steps"
         with reading(self.log.name):            # names the file of a full disk
-            self.log.write(json.dumps(line).encode() + b"\n")
-            self.log.flush()
-        progress.log_bytes = self.log.tell()
+            print(json.dumps(line), file=self.log, flush=True)
+        self.log_bytes = self.log.tell()
         return dev_accuracy
 
     def check_settings(self, before):
         """Raise ValueError unless before["settings"] are those of this run."""
-        changed = differences(before["settings"], self.meta["training"]["settings"], SAVE_MEMORY)
+        changed = differences(before["settings"], self.meta["training"]["settings"])
         check(not changed, f"{changed}: --resume goes on with the same settings only")
 
     def state_dict(self):
         """Everything needed to resume."""
         parts = {part: getattr(self, part).state_dict() for part in PARTS}
-        return dict(parts, settings=self.meta["training"]["settings"], loss_sum=self.loss_sum,
-                    progress=asdict(self.progress), best_tensors=self.best_tensors)
+        values = {name: getattr(self, name) for name in VALUES}
+        return dict(parts, **values, settings=self.meta["training"]["settings"],
+                    loss_sum=self.loss_sum)
 
     def load_state_dict(self, state):
         """Go on from what state_dict gave; ValueError if it was begun with other settings."""
         self.check_settings(state)
-        self.progress = Progress(**state["progress"])
-        self.best_tensors = state["best_tensors"]
+        for name in VALUES:
+            setattr(self, name, state[name])
         for part in PARTS:
             getattr(self, part).load_state_dict(state[part])
         self.loss_sum.copy_(state["loss_sum"])
         # lines after the checkpoint will be written again
-        self.log.truncate(self.progress.log_bytes)
+        self.log.truncate(self.log_bytes)
 
     def finish(self):
         """Write the best tensors as a prompt folder; if there are none, the reason."""
-        progress = self.progress
-        advice = "train.rate (and standard_rate, encoded_rate: of the prompt's rows)"
-        if self.best_tensors is None:
-            warn(f"{self.folder}: {progress.stopped}; nothing to keep: lower {advice}")
-            write_atomically(self.folder / DIVERGED, progress.stopped.encode())
-            return
         modules = self.modules
-        modules.load_state_dict(self.best_tensors)
+        best_tensors = self.best_tensors
+        # in full fine-tuning, gigabytes for each seed
+        self.optimizer = self.schedule = self.modules = self.best_tensors = None
+        advice = "train.rate (and standard_rate, encoded_rate: of the prompt's rows)"
+        if best_tensors is None:
+            warn(f"{self.folder}: {self.stopped}; nothing to keep: lower {advice}")
+            write_atomically(self.folder / DIVERGED, self.stopped.encode())
+            return
+        modules.load_state_dict(best_tensors)
         if "backbone" in modules:
             tensors = modules.pop("backbone").cpu().state_dict()
             write_atomically(self.folder / "backbone.safetensors", save(tensors, {"format": "pt"}))
-        best = progress.best
-        self.meta["training"].update(best, stopped=progress.stopped)
+        best = self.best
+        self.meta["training"].update(best, stopped=self.stopped)
         save_prompt(self.folder, modules, self.meta)
         tqdm.write(f"{self.folder}: dev accuracy {best['dev_accuracy']:.1f} at step "
-                   f"{best['step']}, {progress.stopped}")
+                   f"{best['step']}, {self.stopped}")
         if best["dev_accuracy"] < majority(self.task.labels["dev"]) + 1:
             warn(f"{self.folder}: no better than the majority class of the dev split: raise "
                  f"{advice}, or train for more steps")
-        # in full fine-tuning, gigabytes for each seed
-        self.optimizer = self.schedule = self.parameters = self.modules = self.best_tensors = None
 
 
 # ---- The loop ------------------------------------------------------------------------------------
 
-def count_steps(cfg, n_sentences):
-    """-> (steps of the whole run, steps of an epoch, batches of an epoch)."""
-    batches = math.ceil(n_sentences / cfg["batch_size"])
-    per_epoch = math.ceil(batches / cfg["accumulate"])
-    return cfg["epochs"] * per_epoch or cfg["steps"], per_epoch, batches
-
-
-def join_batches(learners, orders, number, job):
-    """Batch `number` of each learner, side by side -> input_ids, mask (K*B, T), labels (K*B,)."""
+def join_batches(learners, parts, job):
+    """B sentences of each learner (parts: their indices), side by side -> input_ids, mask (K*B, T),
+    labels (K*B,)."""
     rows = []
     labels = []
-    for learner, order in zip(learners, orders):
-        rows += [learner.task.ids["train"][i] for i in order[number]]
-        labels.append(learner.task.labels["train"][order[number]])
-    batch = *collate(rows, job.pad_id), torch.from_numpy(np.concatenate(labels))
+    for learner, indices in zip(learners, parts):
+        rows += [learner.task.ids["train"][i] for i in indices]
+        labels.append(learner.task.labels["train"][indices])
+    batch = *collate(rows, job.pad_id), torch.cat(labels)
     return [tensor.to(job.device, non_blocking=True) for tensor in batch]
 
 
@@ -289,28 +285,28 @@ def train(learners, model, job, checkpoint, start=0):
     .autocast, .pad_id, .quiet, .arrived (signals). `checkpoint`: its path; `start`: its step.
     """
     cfg = job.cfg
-    steps, per_epoch, batches = count_steps(cfg, len(learners[0].task.lengths))
-    evaluate_every = cfg["evaluate_every"] or per_epoch
+    task = learners[0].task
     saved_at = start
-    orders = None
-    model.eval()
-    for step in tqdm(range(start + 1, steps + 1), initial=start, total=steps, unit=" steps",
-                     disable=job.quiet or None):
-        if not model.training:          # at the start, and after each evaluation
+    batches = None
+    evaluated = True
+    for step in tqdm(range(start + 1, task.steps + 1), initial=start, total=task.steps,
+                     unit=" steps", disable=job.quiet or None):
+        if evaluated:           # which ended in evaluation mode, as the backbone starts
             model.train()
             # paper: the backbone is frozen, but its dropout is active
             model.backbone.train(cfg["dropout"])
 
         # each epoch has its own order, a pure function of seed and epoch
-        epoch, position = divmod(step - 1, per_epoch)
-        if orders is None or position == 0:
+        epoch, position = divmod(step - 1, task.epoch_steps)
+        if batches is None or position == 0:
             orders = [length_batches(learner.task.lengths, cfg["batch_size"], learner.seed, epoch)
                       for learner in learners]
+            batches = list(zip(*orders))            # of each batch the K parts
         first = position * cfg["accumulate"]
-        numbers = range(batches)[first:first + cfg["accumulate"]]
+        accumulated = batches[first:first + cfg["accumulate"]]
 
-        for number in numbers:
-            ids, mask, labels = join_batches(learners, orders, number, job)
+        for parts in accumulated:
+            ids, mask, labels = join_batches(learners, parts, job)
             with job.autocast(), cheap_dropout(job.device):
                 logits = model(ids, mask)                           # (K*B, C)
             K = len(learners)
@@ -318,18 +314,18 @@ def train(learners, model, job, checkpoint, start=0):
             for learner, block, wanted in zip(learners, logits.float().chunk(K), labels.chunk(K)):
                 # ours: divided by sentences; class weights would cancel in a batch of one
                 loss = F.cross_entropy(block, wanted, learner.task.class_weights, reduction="sum")
-                loss = loss / len(wanted) / len(numbers)
+                loss = loss / len(wanted) / len(accumulated)
                 learner.loss_sum += loss.detach()       # stays on the device: a look would wait
                 total = total + learner.scaler.scale(loss)
             total.backward()
 
         for learner in learners:        # paper: each clips and steps by itself
             learner.step(cfg["clip"])
-        if step % evaluate_every == 0 or step == steps:
-            since = (step - 1) % evaluate_every + 1
-            evaluate_learners(learners, model, step, steps, since, job)
-        stopped = any(learner.progress.stopped for learner in learners)
-        due = not model.training and step - saved_at >= cfg["checkpoint_every"]
+        evaluated = step % task.evaluate_every == 0 or step == task.steps
+        if evaluated:
+            evaluate_learners(learners, model, step, job)
+        stopped = any(learner.stopped for learner in learners)
+        due = evaluated and step - saved_at >= cfg["checkpoint_every"]
         if stopped or due or job.arrived:
             save_checkpoint(checkpoint, learners, step)
             saved_at = step
@@ -340,37 +336,37 @@ def train(learners, model, job, checkpoint, start=0):
             learners = finish_stopped(learners)
             if not learners:
                 return
-            orders = None
-            model = join_learners(learners, model.backbone, model.reads).eval()
+            batches = None
+            model = join_learners(learners, job)
 
 
-def evaluate_learners(learners, model, step, steps, since, job):
-    """Evaluate each learner on its own dev split, all in one go; since: steps since the last."""
+def evaluate_learners(learners, model, step, job):
+    """Evaluate each learner on its own dev split, all in one go."""
     texts = [learner.task.ids["dev"] for learner in learners]
-    logits = predict(model, texts, job.pad_id, job.cfg["tokens"], job.autocast)
-    accuracies = []
-    for learner, own_logits in zip(learners, logits):
-        train_loss = float(learner.loss_sum) / since
-        learner.loss_sum.zero_()
-        figure = learner.record_evaluation(step, steps, own_logits, train_loss, job.cfg)
-        accuracies.append(figure)
+    logits = predict(model, texts, job.pad_id, job.config["evaluate"]["tokens"], job.autocast)
+    accuracies = [learner.record_evaluation(step, own_logits, job.cfg)
+                  for learner, own_logits in zip(learners, logits)]
     if not job.quiet:
-        tqdm.write(f"step {step:>6,} of {steps:,}: dev accuracy {np.mean(accuracies):.1f}")
+        tqdm.write(f"step {step:>6,} of {learners[0].task.steps:,}: dev accuracy "
+                   f"{np.mean(accuracies):.1f}")
 
 
 def finish_stopped(learners):
     """Write the results of learners that have stopped -> those that go on."""
     for learner in learners:
-        if learner.progress.stopped:
+        if learner.stopped:
             learner.finish()
-    return [learner for learner in learners if not learner.progress.stopped]
+    return [learner for learner in learners if not learner.stopped]
 
 
-def join_learners(learners, backbone, reads):
+def join_learners(learners, job):
     """-> the PromptedClassifier that holds the prompts and heads of learners in training."""
-    prompts = [learner.modules["prompt"] for learner in learners if "prompt" in learner.modules]
     heads = [learner.modules["head"] for learner in learners]
-    return xpe.PromptedClassifier(backbone, prompts, heads, reads, frozen=bool(prompts))
+    if job.mode == "full":      # one learner alone, with a backbone of its own
+        backbone = learners[0].modules["backbone"]
+        return xpe.PromptedClassifier(backbone, None, heads, job.reads, frozen=False)
+    prompts = [learner.modules["prompt"] for learner in learners]
+    return xpe.PromptedClassifier(job.backbone, prompts, heads, job.reads)
 
 
 @contextmanager
@@ -429,13 +425,8 @@ def run_pass(job, learners, path, state):
     """Train the learners of a pass."""
     cfg = job.cfg
     first = learners[0]
-    backbone = job.backbone
-    if job.mode == "full":
-        backbone = copy.deepcopy(backbone)      # the next pass starts from the same weights
-    sentences = len(first.task.lengths)
-    steps, _, _ = count_steps(cfg, sentences)
     for learner in learners:
-        learner.build(job, backbone, steps)
+        learner.build(job)
     start = 0
     torch.manual_seed(first.seed)           # seeds all dropout
     if state:
@@ -449,14 +440,14 @@ def run_pass(job, learners, path, state):
     else:
         for learner in learners:
             learner.log.truncate(0)
-            text = f"# {job.command}\n".encode() + dump_config(job.config)
+            text = f"# {job.args.command}\n".encode() + dump_config(job.config)
             write_atomically(learner.folder / "config.yaml", text)
     print(f"{job.mode}: {len(learners)} x {first.meta['training']['trainable']:,} trainable "
-          f"numbers, {sentences:,} sentences of {job.group}, {steps:,} steps; {job.device.type}, "
-          f"{cfg['amp'].replace('off', 'float32')}", flush=True)
+          f"numbers, {len(first.task.lengths):,} sentences of {job.group}, {first.task.steps:,} "
+          f"steps; {job.device.type}, {cfg['amp'].replace('off', 'float32')}", flush=True)
     learners = finish_stopped(learners)     # a crash may have come between checkpoint and result
     if learners:
-        model = join_learners(learners, backbone, job.reads)
+        model = join_learners(learners, job)
         job.autocast = place(model, job.device, cfg["amp"], cfg["frozen_weights"])
         train(learners, model, job, path, start)
     path.unlink(missing_ok=True)
@@ -496,14 +487,14 @@ def parse_arguments(argv):
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value",
                         help="any setting")
     args = parser.parse_args(argv)
-    check(not args.adapt or args.group or args.languages,
-          "--adapt needs its target languages: --group NAME or --languages CODES")
     args.out = Path(args.out).expanduser()
     if args.languages:
         codes = split_commas(args.languages)
         check(codes and not args.group, "--languages takes codes, and no --group beside it")
         args.group = "+".join(codes) if len(codes) < 4 else f"{len(codes)}-languages"
         args.set.insert(0, f"groups.{args.group}={json.dumps(codes)}")
+    check(args.group or not args.adapt,
+          "--adapt needs its target languages: --group NAME or --languages CODES")
     for option, name in SETTINGS.items():
         value = getattr(args, option)
         if value is not None:
@@ -531,8 +522,8 @@ def read_job(args):
     config: all settings, resolved; cfg: the section `train` as this mode has it, and what else the
     loop needs; source: the Run to adapt, or None; group: the name of `languages`; corpus, and data,
     where it is (see data.locate); prompt, and later head: arguments of SoftPrompt and
-    ClassificationHead; mode, reads, max_length, trust (in the backbone's code), device; later
-    quiet, arrived (signals), autocast and what prepare_backbone adds.
+    ClassificationHead; args, mode, reads, trust (in the backbone's code), device; later max_length,
+    quiet, arrived (signals), autocast and what else prepare_backbone adds.
     """
     config = read_config(args.sources, args.set)
     trust = config["backbone"]["trust_remote_code"]
@@ -541,11 +532,10 @@ def read_job(args):
     check(mode in xpe.KINDS, f"--mode {mode or 'is missing'}: one of {', '.join(xpe.KINDS)}")
     check(args.ratio is None or (mode == "dual" and not source),
           "--ratio goes with --mode dual, and not with --adapt")
-    section = "full" if mode == "full" else "train"
-    if source:
-        section = "adapt"
-    cfg = {**config["train"], **config[section], "mode": mode,
-           "dropout": config["backbone"]["dropout"], "tokens": config["evaluate"]["tokens"]}
+    # the other modes have no section of their own
+    changes = config.get("adapt" if source else mode, {})
+    cfg = {**config["train"], **changes, "mode": mode,
+           "dropout": config["backbone"]["dropout"]}
     device = pick_device(args.device)
     cfg["amp"] = pick_precision(cfg["amp"], device)
     corpus, data = open_corpus(config["data"])
@@ -569,10 +559,9 @@ def read_job(args):
         prompt["ratio"] = float(mode == "xpe")
     if mode == "full" and prompt["reads"] == "prompt":
         prompt["reads"] = "first"           # there is no prompt: position 0 is <s>
-    max_length = config["data"]["max_length"]
     prompt = dict(prompt)                   # SoftPrompt's arguments, but for the width
     reads = prompt.pop("reads")
-    return SimpleNamespace(**locals(), command=args.command)
+    return SimpleNamespace(**locals())
 
 
 def check_corpus(corpus, languages, config, source):
@@ -588,23 +577,28 @@ def check_corpus(corpus, languages, config, source):
         enough = all if source else any
         check(enough(corpus.read_any(code, "test") for code in targets),
               f"{corpus.root}: no test.tsv; without scoring: --set evaluate.after_training=false")
-    for line in find_leaks(corpus, languages, targets):
-        warn(line)
+    pairs = [(languages, targets)]
+    if source:      # each target has a run of its own, which goes on from the sources
+        before = [code for code in source.sources if code in known]
+        pairs = [([*before, code], [code]) for code in languages]
+    for trained, scored in pairs:
+        for line in find_leaks(corpus, trained, scored):
+            warn(line)
 
 
 def plan_learners(job, args):
     """-> a Learner for each seed; with a source run, for each seed and target language."""
     source = job.source
     if source:
-        plans = [(f"{source.name}-to-{code}", (code,), {
+        plans = [(f"{source.name}-to-{code}", {
             "sources": source.sources, "adapted_from": source.name, "adapted_to": code})
             for code in job.languages]
     else:
         name = f"{method_name(job.mode, job.prompt)}-{job.group}"
-        plans = [(name, tuple(job.languages), {"sources": job.languages})]
+        plans = [(name, {"sources": job.languages})]
     seeds = parse_seeds(args.seeds or str(source.meta.get("seed", 11) if source else 11))
-    return [Learner(args.out / f"{name}-s{seed}", seed, languages, {"seed": seed, **facts})
-            for seed in seeds for name, languages, facts in plans]
+    return [Learner(args.out / f"{name}-s{seed}", seed, {"seed": seed, **facts})
+            for seed in seeds for name, facts in plans]
 
 
 def prepare_backbone(job):
@@ -612,26 +606,25 @@ def prepare_backbone(job):
     settings = job.config["backbone"]
     job.backbone, job.tokenizer, job.identity = load_backbone(
         settings, settings, job.device, job.cfg["amp"], job.reads, job.mode != "full")
+    job.prompt["width"], width = xpe.widths(job.backbone)
     if job.source:
         told = job.source.changes(job.identity)
         check(not told, f"--adapt {job.source.folder}: was trained on another backbone: {told}")
-    job.prompt["width"], width = xpe.widths(job.backbone)
-    # a released prompt does not say on which weights it was trained
-    check(not job.source or job.source.prompt.config["width"] == job.prompt["width"],
-          "--adapt: was trained on a backbone of another width")
+        # a released prompt does not say on which weights it was trained
+        check(job.source.prompt.config["width"] == job.prompt["width"],
+              "--adapt: was trained on a backbone of another width")
     # XLM-R's own classification head takes its dropout from the backbone's configuration
     config = job.backbone.config.to_dict()
     dropout = config.get("classifier_dropout")
     if dropout is None:
         dropout = config.get("hidden_dropout_prob", 0.1)
-    job.head = {"width": width, "classes": len(job.corpus.labels), "dropout": float(dropout)}
+    job.head = {"width": width, "classes": len(job.corpus.labels), "dropout": dropout}
     room = xpe.positions(job.backbone) - (0 if job.mode == "full" else job.prompt["length"])
-    job.max_length = min(job.max_length, room)
+    job.max_length = min(job.config["data"]["max_length"], room)
     check(job.max_length > 2, "data.max_length and the backbone's positions leave no room for a "
                               "text beside <s>, </s> and the prompt")
-    if job.mode != "full":
-        with torch.device("meta"):          # invalid prompt settings fail here, before training
-            xpe.SoftPrompt(**job.prompt)
+    with torch.device("meta"):          # invalid prompt settings fail here, before training
+        xpe.SoftPrompt(**job.prompt)
     job.pad_id = job.tokenizer.pad_token_id or 0
 
 
@@ -640,13 +633,14 @@ def prepare_learners(job, learners):
     settings = {**job.cfg, "backbone": job.identity["fingerprint"], "reads": job.reads,
                 "source": job.source and job.source.fingerprint(), "max_length": job.max_length}
     settings.update({f"prompt.{key}": value for key, value in job.prompt.items()})
+    settings.pop("learners_at_once")        # only saves memory: --resume may change it
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     tasks = {}
     for learner in learners:
-        languages = learner.languages
-        if languages not in tasks:
-            tasks[languages] = Task(job, languages)
-        learner.task = tasks[languages]
+        target = learner.meta.get("adapted_to")
+        if target not in tasks:
+            tasks[target] = Task(job, [target] if target else job.languages)
+        learner.task = tasks[target]
         data = learner.task.fingerprint
         learner.meta = {"kind": job.mode, **learner.meta, "backbone": job.identity,
                         "labels": list(job.corpus.labels), "reads": job.reads,
@@ -680,7 +674,7 @@ def main(argv=None):
         learner.log = open_log(learner.folder)
     size = 1 if job.mode == "full" else job.cfg["learners_at_once"]
     with catch_signals() as job.arrived:
-        for work in plan_passes(learners, size, job.command):
+        for work in plan_passes(learners, size, args.command):
             run_pass(job, *work)
     job.backbone = None
     return report_results(learners, job)

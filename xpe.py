@@ -48,11 +48,11 @@ def make_mlp(n_in, hidden, n_out, layers, dropout):
     paper: Linear(H, D) ReLU Dropout, then (layers - 1) x [Linear(D, D) ReLU Dropout], then
     Linear(D, H). "2 layers" are therefore three Linears.
     """
-    modules = [nn.Linear(n_in, hidden), nn.ReLU(), nn.Dropout(dropout)]
-    for _ in range(layers - 1):
-        modules += [nn.Linear(hidden, hidden), nn.ReLU(), nn.Dropout(dropout)]
-    modules += [nn.Linear(hidden, n_out)]
-    return nn.Sequential(*modules)
+    modules = []
+    for _ in range(layers):
+        modules += [nn.Linear(n_in, hidden), nn.ReLU(), nn.Dropout(dropout)]
+        n_in = hidden
+    return nn.Sequential(*modules, nn.Linear(hidden, n_out))
 
 
 class LSTMEncoder(nn.Module):
@@ -105,15 +105,6 @@ def make_encoder(kind, width, hidden, layers, dropout, heads):
 
 # ---- The three prompts ---------------------------------------------------------------------------
 
-def count_encoded_rows(length, ratio):
-    """How many of `length` prompt rows are encoded: int(length x ratio), in DUAL at least one and
-    not all. paper: of 20 rows 6 in DUAL-30 and 14 in DUAL-70."""
-    encoded = int(length * ratio)
-    if 0 < ratio < 1:
-        encoded = min(max(encoded, 1), length - 1)
-    return encoded
-
-
 class SoftPrompt(nn.Module):
     """`length` rows in front of a text: standard rows first, then encoded rows.
 
@@ -126,19 +117,21 @@ class SoftPrompt(nn.Module):
                  heads=8):
         super().__init__()
         check(0 <= ratio <= 1, f"prompt.ratio must be from 0 (SPT) to 1 (XPE), not {ratio}")
-        least = 1 if ratio in (0, 1) else 2     # DUAL has rows of both kinds
+        least = 1
+        encoded = int(length * ratio)       # paper: of 20 rows 6 in DUAL-30 and 14 in DUAL-70
+        if 0 < ratio < 1:
+            least = 2                       # DUAL has rows of both kinds
+            encoded = min(max(encoded, 1), length - 1)
         check(length >= least, f"prompt.length must be at least {least}, not {length}")
         check(1 <= layers <= 64, f"prompt.layers must be from 1 to 64, not {layers}")
-        hidden = hidden or max(1, width // 4)
+        hidden = hidden or width // 4
         self.config = dict(width=width, length=length, ratio=ratio, encoder=encoder, hidden=hidden,
                            layers=layers, dropout=dropout, heads=heads)
         self.length = length
 
         # paper: the embeddings start from N(0, 1), torch.nn.Embedding's default
-        encoded = count_encoded_rows(length, ratio)
         self.standard = None
         self.encoded = None
-        self.encoder = None
         if encoded < length:
             self.standard = nn.Parameter(torch.randn(length - encoded, width))
         if encoded > 0:
@@ -253,7 +246,15 @@ class PromptedClassifier(nn.Module):
         B, T = input_ids.shape
         P = self.prompt_length
         K = len(self.heads)
-        self.check_batch(attention_mask)
+        limit = positions(self.backbone)
+        # on a GPU the backbone itself would only say "device-side assert"
+        check(P + T <= limit, f"{P} prompt rows + {T} text tokens = {P + T} exceed the {limit} "
+                              f"positions of the backbone: a text may have {limit - P} tokens")
+        # Left padding would shift the positions of the text. Looked for on the CPU only: on a GPU
+        # the look would make every step wait.
+        if attention_mask.device.type == "cpu":
+            check(attention_mask[:, 0].all(),
+                  "a text of this batch begins with padding: pad on the right")
 
         # Texts of one prompt must stand side by side: sizes[k] texts for prompt k.
         if owner is None:
@@ -269,11 +270,9 @@ class PromptedClassifier(nn.Module):
         # embeddings, and its positions count from the first prompt row.
         x = self.backbone.get_input_embeddings()(input_ids)             # (B, T, H)
         if P:
-            pairs = zip(self.prompts, sizes, strict=True)
-            blocks = [prompt(n) for prompt, n in pairs if n]
+            blocks = [prompt(n) for prompt, n in zip(self.prompts, sizes, strict=True)]
             x = torch.cat((torch.cat(blocks).to(x.dtype), x), dim=1)    # (B, P+T, H)
-        prompt_mask = attention_mask.new_ones(B, P)
-        mask = torch.cat((prompt_mask, attention_mask), dim=1)          # (B, P+T)
+        mask = nn.functional.pad(attention_mask, (P, 0), value=1)       # (B, P+T)
 
         output = self.backbone(inputs_embeds=x, attention_mask=mask)
         h = output if torch.is_tensor(output) else output[0]            # (B, P+T, H)
@@ -281,8 +280,7 @@ class PromptedClassifier(nn.Module):
         h = h.to(self.heads[0].dense.weight.dtype)
 
         # Each block through its own head, and back into the order of the batch.
-        pairs = zip(self.heads, h.split(sizes), strict=True)
-        blocks = [head(block) for head, block in pairs if len(block)]
+        blocks = [head(own) for head, own in zip(self.heads, h.split(sizes), strict=True)]
         logits = torch.cat(blocks)                                      # (B, C)
         if owner is not None:
             logits = logits[order.argsort()]
@@ -300,17 +298,3 @@ class PromptedClassifier(nn.Module):
             return h[torch.arange(len(h), device=h.device), last]
         weights = attention_mask[:, :, None].float()    # in float32: bf16 cannot count beyond 256
         return (h[:, P:] * weights).sum(dim=1) / weights.sum(dim=1)
-
-    def check_batch(self, attention_mask):
-        """Raise ValueError for texts that are too long, or padded on the left."""
-        T = attention_mask.shape[1]
-        P = self.prompt_length
-        limit = positions(self.backbone)
-        # on a GPU the backbone itself would only say "device-side assert"
-        check(P + T <= limit, f"{P} prompt rows + {T} text tokens = {P + T} exceed the {limit} "
-                              f"positions of the backbone: a text may have {limit - P} tokens")
-        # Left padding would shift the positions of the text. Looked for on the CPU only: on a GPU
-        # the look would make every step wait.
-        if attention_mask.device.type == "cpu":
-            check(attention_mask[:, 0].all(),
-                  "a text of this batch begins with padding: pad on the right")

@@ -424,16 +424,19 @@ def test_refused_before_anything_is_written(world, tmp_path, arguments, message)
     ("perl -i -ne 'print unless /travel/' [ab]*/train.tsv", "", 0, "has the label .*travel"),
     ("cp aaa_Latn/train.tsv ccc_Latn/test.tsv", SCORED, 0,
      "14 of 14 test sentences of ccc_Latn are also in train of aaa_Latn"),
+    ("cp aaa_Latn/train.tsv ccc_Latn/test.tsv", SCORED + " --adapt {usual} --languages ccc_Latn", 0,
+     "14 of 14 test sentences of ccc_Latn are also in train of aaa_Latn"),
     ("cp aaa_Latn/train.tsv aaa_Latn/dev.tsv", "", 0, "14 of 14 dev sentences of aaa_Latn"),
     ("rm bbb_Latn/dev.tsv", "", 2, "bbb_Latn/dev.tsv: no such split"),
     ("rm */test.tsv", SCORED, 2, "no test.tsv.*after_training=false"),
     ("perl -i -ne 'print if /text/' bbb_Latn/dev.tsv", "", 2, "dev.tsv.*no sentence")])
-def test_told_of_a_corpus(world, tmp_path, change, arguments, status, message):
+def test_told_of_a_corpus(world, usual, tmp_path, change, arguments, status, message):
     """Catches: hours of training that end in an error, or in figures that are not honest."""
     corpus = shutil.copytree(world / "data", tmp_path / "data")
     subprocess.run(change, shell=True, cwd=corpus, check=True)
     found, _, error = train_tiny(world, tmp_path / "out",
-                                 f"--mode xpe --data {corpus} --steps 4 {arguments}")
+                                 f"--mode xpe --data {corpus} --steps 4 "
+                                 f"{arguments.format(usual=usual)}")
     assert found == status and re.search(message, error), error
     assert (tmp_path / "out").exists() == (status == 0)
 
