@@ -51,9 +51,8 @@ def write_atomically(path, content):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)       # there if it failed
 
 
 def write_json(path, value):
@@ -65,7 +64,7 @@ def write_json(path, value):
 def read_json(path):
     """A JSON object from a file; ValueError with the path for anything else."""
     with reading(path):
-        value = json.loads(Path(path).read_bytes().decode())
+        value = json.loads(Path(path).read_bytes())
         check(isinstance(value, dict), "is not a JSON object")
     return value
 
@@ -88,10 +87,9 @@ def write_csv(path, columns, rows):
 def save_prompt(folder, modules, meta):
     """Write the modules of a run, "prompt" (unless it has none) and "head", to a folder that
     exists; meta: see `load_prompt`."""
-    tensors = {name: tensor.float().cpu().contiguous()
-               for name, tensor in modules.state_dict().items()}
+    content = save(modules.state_dict(), {"format": "pt"})
+    write_atomically(Path(folder) / "prompt.safetensors", content)
     configs = {name: module.config for name, module in modules.items()}
-    write_atomically(Path(folder) / "prompt.safetensors", save(tensors, {"format": "pt"}))
     write_json(Path(folder) / "prompt.json", {"prompt": None, **meta, "format": FORMAT, **configs})
 
 
@@ -103,7 +101,7 @@ def load_prompt(folder):
     Raises FileNotFoundError, or ValueError with the file and what is wrong in it.
     """
     path = Path(folder) / "prompt.json"
-    problem = why_no_run(Path(folder))
+    problem = why_no_run(path.parent)
     if problem:
         raise FileNotFoundError(f"{folder}: {problem}")
     meta = read_json(path)
@@ -138,11 +136,9 @@ def restore_prompt(meta, tensors):
 
 
 def why_no_run(folder):
-    """What is wrong with a folder that does not hold a prompt, or None for one that does."""
+    """What is wrong with a folder that does not hold a finished run, or None for one that does."""
     if (folder / "prompt.json").is_file():
-        if (folder / "prompt.safetensors").is_file():
-            return None
-        return "prompt.safetensors, the trained tensors, is missing; remove the folder to train it"
+        return None
     if (folder / "metrics.jsonl").is_file():
         unfinished = "its training has not come to an end (`train.py ... --resume` goes on)"
         return outcome(folder) or unfinished
@@ -178,9 +174,8 @@ def outcome(folder):
     path = folder / "prompt.json"
     if not path.is_file():
         return ""
-    meta = read_json(path)
     with reading(path):
-        return meta["training"]["stopped"]
+        return read_json(path)["training"]["stopped"]
 
 
 def command_of(folder):
@@ -194,8 +189,8 @@ def save_checkpoint(path, learners, step):
     random = [torch.get_rng_state()]
     if torch.cuda.is_available():
         random.append(torch.cuda.get_rng_state())
-    states = {learner.folder.name: learner.state_dict() for learner in learners}
-    state = {"step": step, "random": random, "learners": states}
+    state = {"step": step, "random": random,
+             "learners": {learner.folder.name: learner.state_dict() for learner in learners}}
     write_atomically(path, lambda file: torch.save(state, file))
 
 
@@ -225,18 +220,17 @@ class Run:
     for a folder that is not a run.
 
     .name, .folder; .modules, .meta (see load_prompt); .prompt, or None; .config (see config.yaml);
-    .sources, codes of languages; .results: the folder for its scores; .changed: whether backbone or
-    data are not its own.
+    .sources, codes of languages; .results: the folder for its scores, None if backbone or data are
+    not its own.
     """
 
     def __init__(self, where, backbone=None, data=None, trust=False):
-        name, _, branch = str(where).partition("@")
-        if Path(where).expanduser().is_dir():
-            name = str(where)
-        self.folder, place = locate({"name": name, "revision": branch or "main"}, "model",
-                                    ["*.json", "*.safetensors", "config.yaml"])
+        where = str(where)
+        name, _, branch = where.partition("@")          # the @ of a folder is part of its name
+        wanted = {"folder": where, "name": name, "revision": branch or "main"}
+        self.folder, place = locate(wanted, "model", ["*.json", "*.safetensors", "config.yaml"])
         on_hub = place["revision"] != "local"
-        self.name = str(where).replace("/", "--") if on_hub else self.folder.name
+        self.name = where.replace("/", "--") if on_hub else self.folder.name
         path = self.folder / "config.yaml"
         self.config = read_config(path if path.is_file() else None)
         released = (self.folder / "adapter_config.json").is_file()
@@ -249,25 +243,23 @@ class Run:
         # a folder of the authors and the hub's cache are not ours to write to
         self.results = Path("runs") / self.name if released or on_hub else self.folder
         self.sources = self.meta["sources"]
-        self.changed = False
         self.config["backbone"]["trust_remote_code"] = trust    # never the run's own file's to say
         for section, given in (("backbone", backbone), ("data", data)):
             own = self.meta.setdefault(section, dict(self.config[section]))
             if given and given != own["name"]:
-                self.changed = True
+                self.results = None
                 self.config[section]["name"] = given
                 own.update(name=given, revision="main", folder=given)
 
     def changes(self, identity):
         """Backbone and tokenizer (see backbone.load_backbone) against those of its training ->
         "fingerprint was ..., not ...", or "" if they are the same or it does not say."""
-        own = {**self.meta, **self.meta["backbone"]}
-        return differences(own, {key: identity[key] for key in ("fingerprint", "tokenizer")})
+        return differences(self.meta["backbone"], identity, ("name", "revision", "folder"))
 
     def fingerprint(self):
         """A short hash of the trained tensors."""
-        numbers = torch.cat([tensor.flatten() for tensor in self.modules.state_dict().values()])
-        return short_hash(numbers.numpy().tobytes())
+        numbers = nn.utils.parameters_to_vector(self.modules.parameters())
+        return short_hash(numbers.detach().numpy().tobytes())
 
 
 def method_name(kind, prompt_config):
