@@ -20,7 +20,6 @@ Read downwards: predictions, metrics, classifier, scoring, the command.
 import sys
 from collections import defaultdict
 from contextlib import nullcontext
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -47,14 +46,13 @@ def predict(model, encoded, pad_id, budget=16384, autocast=nullcontext):
     and padding counted. The model is left in evaluation mode.
     """
     model.eval()
-    head = model.heads[0]
-    device = head.out_proj.weight.device
-    texts = list(chain.from_iterable(encoded))
-    lengths = [len(ids) for ids in texts]
+    last = model.heads[0].out_proj
+    device = last.weight.device
+    texts = sum(encoded, [])
     sizes = [len(own) for own in encoded]
     owner = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
-    batches = token_batches(lengths, budget, model.prompt_length)
-    logits = torch.empty(len(texts), head.config["classes"])
+    batches = token_batches([len(ids) for ids in texts], budget, model.prompt_length)
+    logits = torch.empty(len(texts), last.out_features)
     # progress is shown in a terminal, if it takes long
     for indices in tqdm(batches, unit=" batches", leave=False, disable=None, delay=5):
         input_ids, mask = collate([texts[i] for i in indices], pad_id)
@@ -91,11 +89,10 @@ def group_means(scores, config, sources):
     Each language counts alike, whatever its number of sentences. The sources are the first group
     and are taken out of every target group: they are not zero-shot.
     """
-    groups = {"Sources": sources}
-    for title, codes in resolve_targets(config).items():
-        groups[title] = [code for code in codes if code not in sources]
     means = {}
-    for title, codes in groups.items():
+    for title, codes in {"Sources": sources, **resolve_targets(config)}.items():
+        if title != "Sources":
+            codes = [code for code in codes if code not in sources]
         known = [scores[code] for code in codes if code in scores]
         mean = float(np.mean(known)) if known else None
         means[title] = (mean, len(known), len(codes))
@@ -111,7 +108,7 @@ class Classifier:
     is fast at), bf16, fp16 or off.
     """
 
-    def __init__(self, runs, device, amp="auto"):
+    def __init__(self, runs, device, amp):
         first = runs[0]
         self.runs = runs
         self.labels = first.meta["labels"]
@@ -149,7 +146,7 @@ class Classifier:
 
         Raises ValueError for logits that are not finite."""
         first = self.runs[0]
-        distinct = list(dict.fromkeys(chain.from_iterable(texts_of_runs)))
+        distinct = list(dict.fromkeys(sum(texts_of_runs, [])))
         ids = dict(zip(distinct, encode(distinct, self.tokenizer, first.meta["max_length"])))
         encoded = [[ids[text] for text in texts] for texts in texts_of_runs]
         pad_id = self.tokenizer.pad_token_id or 0
@@ -211,15 +208,12 @@ class Scores:
         self.lines = []
         self.told = "not written: --out FOLDER keeps the scores"
         if self.folder and not again:
-            self.read()
-
-    def read(self):
-        """Take what an earlier call left in the folder, if its facts were the same."""
-        path = self.folder / f"{self.split}.json"
-        earlier = read_json(path) if path.is_file() else {}
-        if self.facts.items() <= earlier.items():
-            self.lines = earlier["lines"]
-            self.told = f"{self.folder}: scored already; --again scores it again"
+            path = self.folder / f"{split}.json"
+            earlier = read_json(path) if path.is_file() else {}
+            with reading(path):
+                if self.facts.items() <= earlier.items():
+                    self.lines = earlier["lines"]
+                    self.told = f"{self.folder}: scored already; --again scores it again"
 
     def take(self, probabilities):
         """Compute the lines from the answers (n, C); write them if there is a folder."""
@@ -366,11 +360,16 @@ def classify(runs, texts, device, amp):
     """
     with reading("--text"):
         "".join(texts).encode()             # what the shell passed may not be UTF-8
+    known = [text for text in texts if text.strip()]
     for run in runs:
         name = f"{run.name}\t" if len(runs) > 1 else ""
-        labels, probabilities = Classifier([run], device, amp)(texts)
-        for text, label, shares in zip(texts, labels, probabilities):
-            answer = f"{label}\t{shares.max():.3f}" if text.strip() else "\t"
+        labels, probabilities = Classifier([run], device, amp)(known)
+        answers = zip(labels, probabilities)
+        for text in texts:
+            answer = "\t"
+            if text.strip():
+                label, shares = next(answers)
+                answer = f"{label}\t{shares.max():.3f}"
             print(f"{name}{answer}\t{' '.join(text.split())}")
 
 
@@ -413,17 +412,18 @@ def main(argv=None):
     args = parser.parse_args(argv)
     device = pick_device(args.device)
     runs = open_runs(args)
+    first = runs[0]
     if args.export:
         from formats import export_peft
         form, folder = args.export
         check(form == "peft" and len(runs) == 1,
               "--export takes one RUN, the word peft and a new folder")
-        export_peft(folder, runs[0].prompt, runs[0].modules["head"], runs[0].meta)
+        export_peft(folder, first.prompt, first.modules["head"], first.meta)
         print(f"{folder}: written for peft, with the names of the labels in {folder}/labels.json")
     elif args.text is not None:
         classify(runs, args.text or read_stdin_texts(), device, args.amp)
     else:
-        languages = resolve_group(runs[0].config, split_commas(args.languages))
+        languages = resolve_group(first.config, split_commas(args.languages))
         score_runs(runs, args.split, languages, device, args.amp, args.out, args.again)
 
 

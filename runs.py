@@ -62,22 +62,20 @@ def write_json(path, value):
 
 
 def read_json(path):
-    """A JSON object from a file; ValueError with the path for anything else."""
+    """The value in a JSON file; ValueError with the path for anything else."""
     with reading(path):
-        value = json.loads(Path(path).read_bytes())
-        check(isinstance(value, dict), "is not a JSON object")
-    return value
+        return json.loads(path.read_bytes())
 
 
 def read_tensors(path):
     """The tensors of a .safetensors file; ValueError with the path if it is damaged."""
     with reading(path):
-        return load(Path(path).read_bytes())
+        return load(path.read_bytes())
 
 
 def write_csv(path, columns, rows):
     """Write names of the columns, and rows (lists of fields), as a CSV file, atomically."""
-    text = io.StringIO(newline="")
+    text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([columns, *rows])
     write_atomically(path, text.getvalue().encode())
 
@@ -88,9 +86,9 @@ def save_prompt(folder, modules, meta):
     """Write the modules of a run, "prompt" (unless it has none) and "head", to a folder that
     exists; meta: see `load_prompt`."""
     content = save(modules.state_dict(), {"format": "pt"})
-    write_atomically(Path(folder) / "prompt.safetensors", content)
+    write_atomically(folder / "prompt.safetensors", content)
     configs = {name: module.config for name, module in modules.items()}
-    write_json(Path(folder) / "prompt.json", {"prompt": None, **meta, "format": FORMAT, **configs})
+    write_json(folder / "prompt.json", {"prompt": None, **meta, "format": FORMAT, **configs})
 
 
 def load_prompt(folder):
@@ -108,11 +106,10 @@ def load_prompt(folder):
     tensors = read_tensors(path.with_name("prompt.safetensors"))
     with reading(path):
         check(meta["format"] == FORMAT, f"format {meta['format']}, expected {FORMAT}")
-        check(meta["kind"] in xpe.KINDS and meta["reads"] in xpe.READS, "unknown kind or reads")
-        texts = [*meta["labels"], *meta["sources"], meta["backbone"]["name"],
-                 meta["backbone"]["revision"]]
+        texts = [meta["kind"], meta["reads"], *meta["labels"], *meta["sources"],
+                 meta["backbone"]["name"], meta["backbone"]["revision"]]
         check(all(isinstance(text, str) for text in texts) and type(meta["max_length"]) is int,
-              "labels, sources, the backbone's name or max_length are of another type")
+              "kind, reads, labels, sources, the backbone's name or max_length are of another type")
         return restore_prompt(meta, tensors), meta
 
 
@@ -122,13 +119,11 @@ def restore_prompt(meta, tensors):
     Raises an error for anything that is missing, of another type or shape, or not finite.
     """
     modules = nn.ModuleDict()
-    with torch.device("meta"):      # without memory until the tensors show that they fit
+    with torch.device("meta"):      # nothing is drawn, and no memory touched
         if meta["prompt"] is not None:
             modules["prompt"] = xpe.SoftPrompt(**meta["prompt"])
         modules["head"] = xpe.ClassificationHead(**meta["head"])
-    # copies: a tensor of the file may lie at an address that a later step cannot use
-    modules.load_state_dict({name: tensor.float().clone() for name, tensor in tensors.items()},
-                            assign=True)
+    modules.to_empty(device="cpu").load_state_dict(tensors)         # copies them, in float32
     check(all(tensor.isfinite().all() for tensor in tensors.values()), "numbers are not finite")
     check(len(meta["labels"]) == meta["head"]["classes"],
           f"{len(meta['labels'])} labels, but {meta['head']['classes']} classes")
@@ -140,8 +135,7 @@ def why_no_run(folder):
     if (folder / "prompt.json").is_file():
         return None
     if (folder / "metrics.jsonl").is_file():
-        unfinished = "its training has not come to an end (`train.py ... --resume` goes on)"
-        return outcome(folder) or unfinished
+        return outcome(folder) or "its training has not come to an end (--resume goes on)"
     return "has no prompt.json: not a run (a folder of runs? name FOLDER/*)"
 
 
@@ -205,8 +199,8 @@ def read_checkpoint(path):
 
 def differences(before, now, ignore=()):
     """Two dicts of settings -> "rate was 0.1, not 0.2; ..." for what is not equal."""
-    keys = [key for key in now if key not in ignore and before.get(key, now[key]) != now[key]]
-    return "; ".join(f"{key} was {before[key]!r}, not {now[key]!r}" for key in keys)
+    return "; ".join(f"{key} was {before[key]!r}, not {value!r}" for key, value in now.items()
+                     if key not in ignore and before.get(key, value) != value)
 
 
 # ---- Finding a run -------------------------------------------------------------------------------
