@@ -29,8 +29,8 @@ from tqdm import tqdm
 import xpe
 from backbone import load_backbone, pick_device, pick_precision, place
 from config import dump_config, resolve_group, resolve_targets
-from data import (check, collate, encode, fingerprint, make_parser,
-                  open_corpus, reading, run_main, split_commas, token_batches, warn)
+from data import (check, collate, encode, fingerprint, make_parser, open_corpus, reading, run_main,
+                  split_commas, token_batches, warn)
 from runs import (Run, method_name, read_json, read_tensors, save_prompt, write_atomically,
                   write_csv, write_json)
 
@@ -72,6 +72,7 @@ def accuracy(labels, predicted):
 def macro_f1(labels, predicted):
     """Percent: the mean of F1 over the classes that occur as label or as prediction
     (scikit-learn's `macro`)."""
+    # F1 of a class is 2 hits / (times that it is the label + times that it is predicted)
     classes, counts = np.unique([labels, predicted], return_counts=True)
     hits = [np.sum(np.equal(labels, c) & np.equal(predicted, c)) for c in classes]
     return 100.0 * float(np.mean(np.multiply(2, hits) / counts))
@@ -178,9 +179,9 @@ def load(run, device="auto", backbone=None, amp="auto"):
 class Scores:
     """What a run answers on a split.
 
-    .sentences: pairs (language, Sentence); .lines: those of <split>.csv, empty unless an earlier
-    call left them, until `take` computes them; .facts: what they are computed with; .folder: where
-    they are kept, or None; .told: a line that says where.
+    .sentences: pairs (language, Sentence); .lines: those of <split>.csv, which an earlier call left
+    or `take` computes; .facts: what they are computed with; .folder: where they are kept, or None;
+    .told: a line that says where.
     """
 
     def __init__(self, run, split, languages, out, again):
@@ -298,11 +299,11 @@ def group_scores(scores):
 def score_runs(runs, split, languages, device, amp, out=None, again=False):
     """Score runs and print tables -> list of Scores.
 
-    languages: codes, by default all (of an adapted prompt its own). Files go to `out`/<name of the
-    run>, by default to each run's own folder. If `languages` are given, or backbone or data are not
-    the run's own, nothing is written unless `out` is given. again=False: a run with scores of the
-    same prompt, data and backbone is shown, not computed, and what is in `out` is not written over
-    (ValueError).
+    languages: codes, by default all (of an adapted prompt its own); those without this split are
+    left out. Files go to `out`/<name of the run>, by default to each run's own folder. If
+    `languages` are given, or backbone or data are not the run's own, nothing is written unless
+    `out` is given. again=False: a run with scores of the same prompt, data and backbone is shown,
+    not computed, and what is in `out` is not written over (ValueError).
     """
     scores = [Scores(run, split, languages, out, again) for run in runs]
     folders = [own.folder for own in scores if own.folder]
@@ -355,7 +356,7 @@ def read_stdin_texts():
 def classify(runs, texts, device, amp):
     """Print what each run says of each text: [run,] label, probability, text, with tabs between.
 
-    A line for each text, its own breaks and tabs shown as blanks: for a blank one label and
+    A line for each text, with single blanks for its own breaks and tabs; for a blank one label and
     probability are empty.
     """
     with reading("--text"):

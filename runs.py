@@ -168,8 +168,9 @@ def outcome(folder):
     path = folder / "prompt.json"
     if not path.is_file():
         return ""
+    meta = read_json(path)
     with reading(path):
-        return read_json(path)["training"]["stopped"]
+        return meta["training"]["stopped"]
 
 
 def command_of(folder):
@@ -246,7 +247,7 @@ class Run:
                 own.update(name=given, revision="main", folder=given)
 
     def changes(self, identity):
-        """Backbone and tokenizer (see backbone.load_backbone) against those of its training ->
+        """Type, weights and tokenizer (see backbone.load_backbone) against those of its training ->
         "fingerprint was ..., not ...", or "" if they are the same or it does not say."""
         return differences(self.meta["backbone"], identity, ("name", "revision", "folder"))
 
