@@ -20,7 +20,6 @@ Read downwards: predictions, metrics, classifier, scoring, the command.
 import sys
 from collections import defaultdict
 from contextlib import nullcontext
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +29,8 @@ from tqdm import tqdm
 import xpe
 from backbone import load_backbone, pick_device, pick_precision, place
 from config import dump_config, resolve_group, resolve_targets
-from data import (check, collate, decode, encode, fingerprint, make_parser,
-                  open_corpus, reading, run_main, split_commas, token_batches, warn)
+from data import (check, collate, encode, fingerprint, make_parser, open_corpus, reading, run_main,
+                  split_commas, token_batches, warn)
 from runs import (Run, method_name, read_json, read_tensors, save_prompt, write_atomically,
                   write_csv, write_json)
 
@@ -47,14 +46,13 @@ def predict(model, encoded, pad_id, budget=16384, autocast=nullcontext):
     and padding counted. The model is left in evaluation mode.
     """
     model.eval()
-    head = model.heads[0]
-    device = head.out_proj.weight.device
-    texts = list(chain.from_iterable(encoded))
-    lengths = [len(ids) for ids in texts]
+    last = model.heads[0].out_proj
+    device = last.weight.device
+    texts = sum(encoded, [])
     sizes = [len(own) for own in encoded]
     owner = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
-    batches = token_batches(lengths, budget, model.prompt_length)
-    logits = torch.full((len(texts), head.config["classes"]), float("nan"))
+    batches = token_batches([len(ids) for ids in texts], budget, model.prompt_length)
+    logits = torch.empty(len(texts), last.out_features)
     # progress is shown in a terminal, if it takes long
     for indices in tqdm(batches, unit=" batches", leave=False, disable=None, delay=5):
         input_ids, mask = collate([texts[i] for i in indices], pad_id)
@@ -68,19 +66,16 @@ def predict(model, encoded, pad_id, budget=16384, autocast=nullcontext):
 
 def accuracy(labels, predicted):
     """Percent of the predictions that equal their label."""
-    return 100.0 * float(np.mean(np.asarray(labels) == np.asarray(predicted)))
+    return 100.0 * float(np.mean(labels == np.asarray(predicted)))
 
 
 def macro_f1(labels, predicted):
     """Percent: the mean of F1 over the classes that occur as label or as prediction
     (scikit-learn's `macro`)."""
-    scores = []
-    for label in np.union1d(labels, predicted):
-        is_label = np.equal(labels, label)
-        is_predicted = np.equal(predicted, label)
-        hits = np.sum(is_label & is_predicted)
-        scores.append(2 * hits / (is_label.sum() + is_predicted.sum()))
-    return 100.0 * float(np.mean(scores))
+    # F1 of a class is 2 hits / (times that it is the label + times that it is predicted)
+    classes, counts = np.unique([labels, predicted], return_counts=True)
+    hits = [np.sum(np.equal(labels, c) & np.equal(predicted, c)) for c in classes]
+    return 100.0 * float(np.mean(np.multiply(2, hits) / counts))
 
 
 def majority(labels):
@@ -95,11 +90,10 @@ def group_means(scores, config, sources):
     Each language counts alike, whatever its number of sentences. The sources are the first group
     and are taken out of every target group: they are not zero-shot.
     """
-    groups = {"Sources": sources}
-    for title, codes in resolve_targets(config).items():
-        groups[title] = [code for code in codes if code not in sources]
     means = {}
-    for title, codes in groups.items():
+    for title, codes in {"Sources": sources, **resolve_targets(config)}.items():
+        if title != "Sources":
+            codes = [code for code in codes if code not in sources]
         known = [scores[code] for code in codes if code in scores]
         mean = float(np.mean(known)) if known else None
         means[title] = (mean, len(known), len(codes))
@@ -115,21 +109,20 @@ class Classifier:
     is fast at), bf16, fp16 or off.
     """
 
-    def __init__(self, runs, device, amp="auto"):
+    def __init__(self, runs, device, amp):
         first = runs[0]
         self.runs = runs
         self.labels = first.meta["labels"]
-        self.max_length = first.meta["max_length"]
-        self.budget = first.config["evaluate"]["tokens"]
         self.precision = pick_precision(amp, device)
         reads = first.meta["reads"]
         frozen = first.prompt is not None
-        backbone, self.tokenizer, self.identity = load_backbone(
+        backbone, self.tokenizer, identity = load_backbone(
             first.meta["backbone"], first.config["backbone"], device, self.precision, reads, frozen)
         for run in runs:
-            told = run.changes(self.identity)
+            told = run.changes(identity)
             if told:
                 warn(f"{run.name}: not the backbone or tokenizer of its training: {told}")
+            run.meta["backbone"] = identity         # what the report reads
         if not frozen:
             path = first.folder / "backbone.safetensors"
             with reading(path):
@@ -139,7 +132,6 @@ class Classifier:
         self.model = xpe.PromptedClassifier(backbone, prompts, heads, reads, frozen)
         self.autocast = place(self.model, device, self.precision,
                               first.config["train"]["frozen_weights"])
-        self.model.eval()
 
     def __call__(self, texts):
         """Classify any number of texts, in order -> (labels, a list of str; probabilities (n, C)).
@@ -154,11 +146,13 @@ class Classifier:
         """texts_of_runs: for each run its n texts -> for each run its probabilities (n, C).
 
         Raises ValueError for logits that are not finite."""
-        distinct = list(dict.fromkeys(chain.from_iterable(texts_of_runs)))
-        ids = dict(zip(distinct, encode(distinct, self.tokenizer, self.max_length)))
+        first = self.runs[0]
+        distinct = list(dict.fromkeys(sum(texts_of_runs, [])))
+        ids = dict(zip(distinct, encode(distinct, self.tokenizer, first.meta["max_length"])))
         encoded = [[ids[text] for text in texts] for texts in texts_of_runs]
         pad_id = self.tokenizer.pad_token_id or 0
-        logits = predict(self.model, encoded, pad_id, self.budget, self.autocast)
+        budget = first.config["evaluate"]["tokens"]
+        logits = predict(self.model, encoded, pad_id, budget, self.autocast)
         for run, of_run in zip(self.runs, logits):
             check(of_run.isfinite().all(),
                   f"{run.name}: its logits are not finite numbers (computed in precision "
@@ -185,9 +179,9 @@ def load(run, device="auto", backbone=None, amp="auto"):
 class Scores:
     """What a run answers on a split.
 
-    .sentences: pairs (language, Sentence); .lines: those of <split>.csv, empty until `take` or
-    `read` fills them; .probabilities: what `take` was given; .facts: what the lines were computed
-    with; .folder: where they are kept, or None; .told: a line that says where.
+    .sentences: pairs (language, Sentence); .lines: those of <split>.csv, which an earlier call left
+    or `take` computes; .facts: what they are computed with; .folder: where they are kept, or None;
+    .told: a line that says where.
     """
 
     def __init__(self, run, split, languages, out, again):
@@ -198,67 +192,66 @@ class Scores:
               f"{', '.join(labels)}: labels.txt must name these, in this order")
         self.run = run
         self.split = split
-        self.folder = None if languages or run.changed else run.results
+        self.folder = None if languages else run.results
         if out:
             self.folder = Path(out).expanduser() / run.name
             check(again or not self.folder.exists(),
                   f"{self.folder} exists; --again writes over it")
-            check(self.folder.resolve() == run.folder or
-                  not (self.folder / "metrics.jsonl").exists(),
-                  f"{self.folder} is another trained run")
-        if not languages and "adapted_to" in run.meta:
-            languages = [run.meta["adapted_to"]]
-        languages = languages or [code for code in corpus.files if corpus.read_any(code, split)]
-        check(languages, f"{corpus.root}: no language has a file {split}.tsv")
-        self.sentences = [(code, sentence) for code in languages
-                          for sentence in corpus.read(code, split)]
+            check(not (self.folder / "metrics.jsonl").exists(),
+                  f"{self.folder} is a trained run, where --out does not write")
+        if "adapted_to" in run.meta:
+            languages = languages or [run.meta["adapted_to"]]
+        self.sentences = [(code, sentence) for code in languages or corpus.files
+                          for sentence in corpus.read_any(code, split)]
+        check(self.sentences, f"{corpus.root}: no language has a file {split}.tsv")
         self.facts = {"prompt": run.fingerprint(), "backbone": run.meta["backbone"],
                       "data": fingerprint([sentence for _, sentence in self.sentences])}
         self.lines = []
         self.told = "not written: --out FOLDER keeps the scores"
-
-    def read(self):
-        """Take what an earlier call left in the folder, if its facts were the same."""
-        path = self.folder / f"{self.split}.json"
-        earlier = read_json(path) if path.is_file() else {}
-        if all(earlier.get(fact) == value for fact, value in self.facts.items()):
-            self.lines = earlier["lines"]
-            self.told = f"{self.folder}: scored already; --again scores it again"
+        if self.folder and not again:
+            path = self.folder / f"{split}.json"
+            earlier = read_json(path) if path.is_file() else {}
+            with reading(path):
+                if self.facts.items() <= earlier.items():
+                    self.lines = earlier["lines"]
+                    self.told = f"{self.folder}: scored already; --again scores it again"
 
     def take(self, probabilities):
-        """Compute the lines from the answers (n, C)."""
-        self.probabilities = probabilities
+        """Compute the lines from the answers (n, C); write them if there is a folder."""
+        names = self.run.meta["labels"]
         answers = defaultdict(list)
-        for (code, sentence), predicted in zip(self.sentences, probabilities.argmax(dim=1)):
-            answers[code].append((sentence.label, int(predicted)))
+        rows = []
+        for (code, sentence), shares in zip(self.sentences, probabilities.tolist()):
+            predicted = shares.index(max(shares))
+            answers[code].append((sentence.label, predicted))
+            figures = [f"{share:.5f}" for share in shares]
+            rows.append([code, sentence.index_id, names[sentence.label], names[predicted],
+                         *figures])
         for code, pairs in answers.items():
             labels, predicted = np.array(pairs).T
             self.lines.append({
                 "language": code, "n": len(pairs), "accuracy": accuracy(labels, predicted),
                 "macro_f1": macro_f1(labels, predicted), "majority": majority(labels)})
+        if self.folder:
+            self.write(rows)
 
     def means(self, figure="accuracy"):
         """group_means of one of the figures in the lines."""
         figures = {line["language"]: line[figure] for line in self.lines}
         return group_means(figures, self.run.config, self.run.sources)
 
-    def write(self):
+    def write(self, predictions):
         """Write <split>_predictions.csv, <split>.csv and <split>.json; elsewhere than in the run's
         own folder also the prompt and its configuration, which the report reads."""
         run = self.run
         path = self.folder / self.split
         self.folder.mkdir(parents=True, exist_ok=True)
-        if self.folder.resolve() != run.folder:
+        if self.folder != run.folder:
             save_prompt(self.folder, run.modules, run.meta)
             write_atomically(self.folder / "config.yaml", dump_config(run.config))
-        names = run.meta["labels"]
-        rows = []
-        for (code, sentence), shares in zip(self.sentences, self.probabilities.tolist()):
-            predicted = names[shares.index(max(shares))]
-            figures = [f"{share:.5f}" for share in shares]
-            rows.append([code, sentence.index_id, names[sentence.label], predicted, *figures])
-        columns = ["language", "index_id", "label", "predicted", *(f"p({name})" for name in names)]
-        write_csv(f"{path}_predictions.csv", columns, rows)
+        shares = [f"p({name})" for name in run.meta["labels"]]
+        columns = ["language", "index_id", "label", "predicted", *shares]
+        write_csv(f"{path}_predictions.csv", columns, predictions)
         rows = []
         for code, n, *figures in map(dict.values, self.lines):
             rows.append([code, n, *(f"{figure:.4f}" for figure in figures)])
@@ -267,7 +260,7 @@ class Scores:
             **self.facts, "groups": self.means(), "lines": self.lines})
         self.told = f"{path}.csv, .json, _predictions.csv"
 
-    def table(self, every_language=True):
+    def table(self, every_language):
         """The scores as text: means over groups, then every language, the best first."""
         majorities = self.means("majority")
         text = [self.run.name,
@@ -290,9 +283,11 @@ class Scores:
 
 
 def group_scores(scores):
-    """Scores -> lists of those whose runs can share one pass through the backbone, in order."""
+    """Scores without lines -> lists of those whose runs can share one pass through the backbone."""
     groups = defaultdict(list)
     for own in scores:
+        if own.lines:
+            continue
         run = own.run
         # full fine-tuning has a backbone of its own
         rows = run.prompt.length if run.prompt else run.folder
@@ -301,30 +296,24 @@ def group_scores(scores):
     return groups.values()
 
 
-def score_runs(runs, split, languages, device, amp="auto", out=None, again=False):
+def score_runs(runs, split, languages, device, amp, out=None, again=False):
     """Score runs and print tables -> list of Scores.
 
-    languages: codes, by default all (of an adapted prompt its own). Files go to `out`/<name of the
-    run>, by default to each run's own folder. If `languages` are given, or backbone or data are not
-    the run's own, nothing is written unless `out` is given. again=False: a run with scores of the
-    same prompt, data and backbone is shown, not computed, and what is in `out` is not written over
-    (ValueError).
+    languages: codes, by default all (of an adapted prompt its own); those without this split are
+    left out. Files go to `out`/<name of the run>, by default to each run's own folder. If
+    `languages` are given, or backbone or data are not the run's own, nothing is written unless
+    `out` is given. again=False: a run with scores of the same prompt, data and backbone is shown,
+    not computed, and what is in `out` is not written over (ValueError).
     """
     scores = [Scores(run, split, languages, out, again) for run in runs]
     folders = [own.folder for own in scores if own.folder]
     check(len(set(folders)) == len(folders), "two runs would write to the same folder")
-    for own in scores:
-        if own.folder and not again:
-            own.read()
-    for group in group_scores([own for own in scores if not own.lines]):
+    for group in group_scores(scores):
         classifier = Classifier([own.run for own in group], device, amp)
         texts = [[sentence.text for _, sentence in own.sentences] for own in group]
         for own, probabilities in zip(group, classifier.answer(texts)):
-            own.take(probabilities)
             own.facts.update(precision=classifier.precision, device=device.type)
-            own.run.meta["backbone"] = classifier.identity      # what the report reads
-            if own.folder:
-                own.write()
+            own.take(probabilities)
     for own in scores:
         print(own.table(every_language=len(runs) < 4))
     direct = [own for own in scores if "adapted_to" not in own.run.meta]
@@ -357,19 +346,22 @@ def method_table(scores):
 def read_stdin_texts():
     """The lines of standard input, blank ones too; ValueError with the line of what is not UTF-8.
     """
-    text = decode(sys.stdin.buffer.read(), "standard input")
-    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
+    texts = []
+    for number, line in enumerate(sys.stdin.buffer, start=1):
+        with reading(f"standard input:{number}"):
+            texts.append(line.decode("utf-8-sig").rstrip("\r\n"))
+    return texts
 
 
-def classify(runs, texts, device, amp="auto"):
+def classify(runs, texts, device, amp):
     """Print what each run says of each text: [run,] label, probability, text, with tabs between.
 
-    A line for each text: for a blank one label and probability are empty.
+    A line for each text, with single blanks for its own breaks and tabs; for a blank one label and
+    probability are empty.
     """
     with reading("--text"):
         "".join(texts).encode()             # what the shell passed may not be UTF-8
     known = [text for text in texts if text.strip()]
-    check(known, "--text: nothing to classify")
     for run in runs:
         name = f"{run.name}\t" if len(runs) > 1 else ""
         labels, probabilities = Classifier([run], device, amp)(known)
@@ -379,8 +371,7 @@ def classify(runs, texts, device, amp="auto"):
             if text.strip():
                 label, shares = next(answers)
                 answer = f"{label}\t{shares.max():.3f}"
-            on_one_line = text.replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")
-            print(f"{name}{answer}\t{on_one_line}")
+            print(f"{name}{answer}\t{' '.join(text.split())}")
 
 
 def open_runs(args):
@@ -422,19 +413,19 @@ def main(argv=None):
     args = parser.parse_args(argv)
     device = pick_device(args.device)
     runs = open_runs(args)
+    first = runs[0]
     if args.export:
         from formats import export_peft
         form, folder = args.export
         check(form == "peft" and len(runs) == 1,
               "--export takes one RUN, the word peft and a new folder")
-        export_peft(folder, runs[0].prompt, runs[0].modules["head"], runs[0].meta)
+        export_peft(folder, first.prompt, first.modules["head"], first.meta)
         print(f"{folder}: written for peft, with the names of the labels in {folder}/labels.json")
     elif args.text is not None:
         classify(runs, args.text or read_stdin_texts(), device, args.amp)
     else:
-        languages = resolve_group(runs[0].config, split_commas(args.languages))
+        languages = resolve_group(first.config, split_commas(args.languages))
         score_runs(runs, args.split, languages, device, args.amp, args.out, args.again)
-    return 0
 
 
 if __name__ == "__main__":

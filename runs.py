@@ -51,9 +51,8 @@ def write_atomically(path, content):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)       # there if it failed
 
 
 def write_json(path, value):
@@ -63,22 +62,20 @@ def write_json(path, value):
 
 
 def read_json(path):
-    """A JSON object from a file; ValueError with the path for anything else."""
+    """The value in a JSON file; ValueError with the path for anything else."""
     with reading(path):
-        value = json.loads(Path(path).read_bytes().decode())
-        check(isinstance(value, dict), "is not a JSON object")
-    return value
+        return json.loads(path.read_bytes())
 
 
 def read_tensors(path):
     """The tensors of a .safetensors file; ValueError with the path if it is damaged."""
     with reading(path):
-        return load(Path(path).read_bytes())
+        return load(path.read_bytes())
 
 
 def write_csv(path, columns, rows):
     """Write names of the columns, and rows (lists of fields), as a CSV file, atomically."""
-    text = io.StringIO(newline="")
+    text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([columns, *rows])
     write_atomically(path, text.getvalue().encode())
 
@@ -88,11 +85,10 @@ def write_csv(path, columns, rows):
 def save_prompt(folder, modules, meta):
     """Write the modules of a run, "prompt" (unless it has none) and "head", to a folder that
     exists; meta: see `load_prompt`."""
-    tensors = {name: tensor.float().cpu().contiguous()
-               for name, tensor in modules.state_dict().items()}
+    content = save(modules.state_dict(), {"format": "pt"})
+    write_atomically(folder / "prompt.safetensors", content)
     configs = {name: module.config for name, module in modules.items()}
-    write_atomically(Path(folder) / "prompt.safetensors", save(tensors, {"format": "pt"}))
-    write_json(Path(folder) / "prompt.json", {"prompt": None, **meta, "format": FORMAT, **configs})
+    write_json(folder / "prompt.json", {"prompt": None, **meta, "format": FORMAT, **configs})
 
 
 def load_prompt(folder):
@@ -103,18 +99,17 @@ def load_prompt(folder):
     Raises FileNotFoundError, or ValueError with the file and what is wrong in it.
     """
     path = Path(folder) / "prompt.json"
-    problem = why_no_run(Path(folder))
+    problem = why_no_run(path.parent)
     if problem:
         raise FileNotFoundError(f"{folder}: {problem}")
     meta = read_json(path)
     tensors = read_tensors(path.with_name("prompt.safetensors"))
     with reading(path):
         check(meta["format"] == FORMAT, f"format {meta['format']}, expected {FORMAT}")
-        check(meta["kind"] in xpe.KINDS and meta["reads"] in xpe.READS, "unknown kind or reads")
-        texts = [*meta["labels"], *meta["sources"], meta["backbone"]["name"],
-                 meta["backbone"]["revision"]]
+        texts = [meta["kind"], meta["reads"], *meta["labels"], *meta["sources"],
+                 meta["backbone"]["name"], meta["backbone"]["revision"]]
         check(all(isinstance(text, str) for text in texts) and type(meta["max_length"]) is int,
-              "labels, sources, the backbone's name or max_length are of another type")
+              "kind, reads, labels, sources, the backbone's name or max_length are of another type")
         return restore_prompt(meta, tensors), meta
 
 
@@ -124,13 +119,11 @@ def restore_prompt(meta, tensors):
     Raises an error for anything that is missing, of another type or shape, or not finite.
     """
     modules = nn.ModuleDict()
-    with torch.device("meta"):      # without memory until the tensors show that they fit
+    with torch.device("meta"):      # nothing is drawn, and no memory touched
         if meta["prompt"] is not None:
             modules["prompt"] = xpe.SoftPrompt(**meta["prompt"])
         modules["head"] = xpe.ClassificationHead(**meta["head"])
-    # copies: a tensor of the file may lie at an address that a later step cannot use
-    modules.load_state_dict({name: tensor.float().clone() for name, tensor in tensors.items()},
-                            assign=True)
+    modules.to_empty(device="cpu").load_state_dict(tensors)         # copies them, in float32
     check(all(tensor.isfinite().all() for tensor in tensors.values()), "numbers are not finite")
     check(len(meta["labels"]) == meta["head"]["classes"],
           f"{len(meta['labels'])} labels, but {meta['head']['classes']} classes")
@@ -138,14 +131,11 @@ def restore_prompt(meta, tensors):
 
 
 def why_no_run(folder):
-    """What is wrong with a folder that does not hold a prompt, or None for one that does."""
+    """What is wrong with a folder that does not hold a finished run, or None for one that does."""
     if (folder / "prompt.json").is_file():
-        if (folder / "prompt.safetensors").is_file():
-            return None
-        return "prompt.safetensors, the trained tensors, is missing; remove the folder to train it"
+        return None
     if (folder / "metrics.jsonl").is_file():
-        unfinished = "its training has not come to an end (`train.py ... --resume` goes on)"
-        return outcome(folder) or unfinished
+        return outcome(folder) or "its training has not come to an end (--resume goes on)"
     return "has no prompt.json: not a run (a folder of runs? name FOLDER/*)"
 
 
@@ -194,8 +184,8 @@ def save_checkpoint(path, learners, step):
     random = [torch.get_rng_state()]
     if torch.cuda.is_available():
         random.append(torch.cuda.get_rng_state())
-    states = {learner.folder.name: learner.state_dict() for learner in learners}
-    state = {"step": step, "random": random, "learners": states}
+    state = {"step": step, "random": random,
+             "learners": {learner.folder.name: learner.state_dict() for learner in learners}}
     write_atomically(path, lambda file: torch.save(state, file))
 
 
@@ -210,8 +200,8 @@ def read_checkpoint(path):
 
 def differences(before, now, ignore=()):
     """Two dicts of settings -> "rate was 0.1, not 0.2; ..." for what is not equal."""
-    keys = [key for key in now if key not in ignore and before.get(key, now[key]) != now[key]]
-    return "; ".join(f"{key} was {before[key]!r}, not {now[key]!r}" for key in keys)
+    return "; ".join(f"{key} was {before[key]!r}, not {value!r}" for key, value in now.items()
+                     if key not in ignore and before.get(key, value) != value)
 
 
 # ---- Finding a run -------------------------------------------------------------------------------
@@ -225,18 +215,17 @@ class Run:
     for a folder that is not a run.
 
     .name, .folder; .modules, .meta (see load_prompt); .prompt, or None; .config (see config.yaml);
-    .sources, codes of languages; .results: the folder for its scores; .changed: whether backbone or
-    data are not its own.
+    .sources, codes of languages; .results: the folder for its scores, None if backbone or data are
+    not its own.
     """
 
     def __init__(self, where, backbone=None, data=None, trust=False):
-        name, _, branch = str(where).partition("@")
-        if Path(where).expanduser().is_dir():
-            name = str(where)
-        self.folder, place = locate({"name": name, "revision": branch or "main"}, "model",
-                                    ["*.json", "*.safetensors", "config.yaml"])
+        where = str(where)
+        name, _, branch = where.partition("@")          # the @ of a folder is part of its name
+        wanted = {"folder": where, "name": name, "revision": branch or "main"}
+        self.folder, place = locate(wanted, "model", ["*.json", "*.safetensors", "config.yaml"])
         on_hub = place["revision"] != "local"
-        self.name = str(where).replace("/", "--") if on_hub else self.folder.name
+        self.name = where.replace("/", "--") if on_hub else self.folder.name
         path = self.folder / "config.yaml"
         self.config = read_config(path if path.is_file() else None)
         released = (self.folder / "adapter_config.json").is_file()
@@ -249,25 +238,23 @@ class Run:
         # a folder of the authors and the hub's cache are not ours to write to
         self.results = Path("runs") / self.name if released or on_hub else self.folder
         self.sources = self.meta["sources"]
-        self.changed = False
         self.config["backbone"]["trust_remote_code"] = trust    # never the run's own file's to say
         for section, given in (("backbone", backbone), ("data", data)):
             own = self.meta.setdefault(section, dict(self.config[section]))
             if given and given != own["name"]:
-                self.changed = True
+                self.results = None
                 self.config[section]["name"] = given
                 own.update(name=given, revision="main", folder=given)
 
     def changes(self, identity):
-        """Backbone and tokenizer (see backbone.load_backbone) against those of its training ->
+        """Type, weights and tokenizer (see backbone.load_backbone) against those of its training ->
         "fingerprint was ..., not ...", or "" if they are the same or it does not say."""
-        own = {**self.meta, **self.meta["backbone"]}
-        return differences(own, {key: identity[key] for key in ("fingerprint", "tokenizer")})
+        return differences(self.meta["backbone"], identity, ("name", "revision", "folder"))
 
     def fingerprint(self):
         """A short hash of the trained tensors."""
-        numbers = torch.cat([tensor.flatten() for tensor in self.modules.state_dict().values()])
-        return short_hash(numbers.numpy().tobytes())
+        numbers = nn.utils.parameters_to_vector(self.modules.parameters())
+        return short_hash(numbers.detach().numpy().tobytes())
 
 
 def method_name(kind, prompt_config):

@@ -131,7 +131,7 @@ def test_stock_peft_loads_our_export(tmp_path, monkeypatch):
     prompt, head = make()
     on_hub = BACKBONE | {"name": "a/b", "revision": "c0ffee"}
     formats.export_peft("hub", prompt, head, META | {"backbone": on_hub})
-    assert read_json("hub/adapter_config.json")["revision"] == "c0ffee"
+    assert read_json(tmp_path / "hub/adapter_config.json")["revision"] == "c0ffee"
     close(load_file("hub/adapter_model.safetensors")["prompt_embeddings"], prompt(1)[0])
     with pytest.raises(FileExistsError):
         formats.export_peft(tmp_path, prompt, head, META)

