@@ -136,18 +136,14 @@ def make_parser(description, options):
 
 # ---- Files ---------------------------------------------------------------------------------------
 
-def decode(raw, name):
-    """Bytes -> text without a byte order mark; ValueError with name:line for what is not UTF-8."""
+def read_text(path):
+    """Return the text of a UTF-8 file without its byte order mark; ValueError with the bad line."""
+    raw = Path(path).read_bytes()
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = 1 + raw.count(b"\n", 0, error.start)
-        raise ValueError(f"{name}:{line}: not valid UTF-8 ({error.reason})") from None
-
-
-def read_text(path):
-    """Return the text of a UTF-8 file without its byte order mark; ValueError with the bad line."""
-    return decode(Path(path).read_bytes(), path)
+        raise ValueError(f"{path}:{line}: not valid UTF-8 ({error.reason})") from None
 
 
 @cache

@@ -52,7 +52,7 @@ def predict(model, encoded, pad_id, budget=16384, autocast=nullcontext):
     sizes = [len(own) for own in encoded]
     owner = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
     batches = token_batches([len(ids) for ids in texts], budget, model.prompt_length)
-    logits = torch.empty(len(texts), last.out_features)
+    logits = torch.full((len(texts), last.out_features), torch.nan)
     # progress is shown in a terminal, if it takes long
     for indices in tqdm(batches, unit=" batches", leave=False, disable=None, delay=5):
         input_ids, mask = collate([texts[i] for i in indices], pad_id)
@@ -66,7 +66,7 @@ def predict(model, encoded, pad_id, budget=16384, autocast=nullcontext):
 
 def accuracy(labels, predicted):
     """Percent of the predictions that equal their label."""
-    return 100.0 * float(np.mean(labels == np.asarray(predicted)))
+    return 100.0 * float(np.mean(np.asarray(labels) == np.asarray(predicted)))
 
 
 def macro_f1(labels, predicted):
