@@ -106,10 +106,11 @@ def load_prompt(folder):
     tensors = read_tensors(path.with_name("prompt.safetensors"))
     with reading(path):
         check(meta["format"] == FORMAT, f"format {meta['format']}, expected {FORMAT}")
-        texts = [meta["kind"], meta["reads"], *meta["labels"], *meta["sources"],
-                 meta["backbone"]["name"], meta["backbone"]["revision"]]
+        texts = [meta["kind"], meta["reads"], *meta["labels"], *meta["sources"]]
+        for place in (meta["backbone"], meta["data"]):
+            texts += place["name"], place["revision"]
         check(all(isinstance(text, str) for text in texts) and type(meta["max_length"]) is int,
-              "kind, reads, labels, sources, the backbone's name or max_length are of another type")
+              "kind, reads, labels, sources, name, revision or max_length are of another type")
         return restore_prompt(meta, tensors), meta
 
 

@@ -648,8 +648,9 @@ def prepare_learners(job, learners):
                         "training": {"settings": {**settings, "data": data}, "versions": versions}}
         path = learner.folder / "prompt.json"
         if path.is_file():
+            finished = read_json(path)
             with reading(path):
-                learner.check_settings(read_json(path)["training"])
+                learner.check_settings(finished["training"])
 
 
 def main(argv=None):

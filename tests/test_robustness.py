@@ -331,7 +331,7 @@ def test_a_damaged_file_is_named(world, copy, name, content):
 
 @pytest.mark.parametrize("change", [
     {"labels": 7}, {"labels": ["a"]}, {"sources": [1]}, {"kind": 1},
-    {"max_length": "9"}, {"reads": "x"}, {"head": {}}, {"head": None}, {"backbone": []},
+    {"max_length": "9"}, {"reads": "x"}, {"head": {}}, {"head": None}, {"backbone": []}, {"data": 7},
     {"prompt": {"width": 10 ** 9}}, {"prompt": {"width": -1}}, {"prompt": None}],
     ids=str)
 def test_a_damaged_prompt_json(world, copy, change):
