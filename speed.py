@@ -14,9 +14,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-# transformers' model types whose layers have BERT's parts, under BERT's names
-LIKE_BERT = ("bert", "camembert", "electra", "roberta", "xlm-roberta")
-
 
 class FirstPositionAttention(nn.Module):
     """The attention of a BERT-like layer for position 0 alone, which looks at all positions.
@@ -50,45 +47,34 @@ class FirstPositionAttention(nn.Module):
 def first_position_only(backbone):
     """-> a backbone whose last layer computes position 0 alone: the same numbers for less work.
 
-    For heads that read position 0. The result shares every weight with `backbone`, which stays as
-    it is; both are left in evaluation mode. A backbone that is not built like BERT comes back
-    itself, and so does one in bf16 or fp16, in which rounding hides whether the states are equal:
-    convert the result instead.
+    For heads that read position 0, which may see all positions: check_backbone refuses a causal
+    backbone. The result shares every weight with `backbone`, which stays as it is; both are left in
+    evaluation mode. A backbone that is not built like BERT comes back itself, and so does one in
+    bf16 or fp16, in which rounding hides whether the states are equal: convert the result instead.
     """
     try:
-        config = backbone.config
-        # a decoder's position 0 may not see what follows
-        if config.model_type in LIKE_BERT and not config.is_decoder:
-            shortened = replace_last_attention(backbone)
-            if states_agree(backbone, shortened):
-                return shortened
-    except Exception:       # it calls itself so, but is built otherwise, and anything may fail
+        shortened = replace_last_attention(backbone)
+        if states_agree(backbone, shortened):
+            return shortened
+    except Exception:       # it may lack any of these parts, or fail in them
         pass
     return backbone
 
 
-def copy_with(module, **children):
-    """A copy of a module that shares everything with it, but for the named children."""
-    twin = copy.copy(module)
-    twin._modules = {**module._modules, **children}
-    return twin
-
-
 def replace_last_attention(backbone):
-    """Copies of the few modules on the way from the backbone to its last attention."""
-    *layers, last = backbone.encoder.layer
-    last = copy_with(last, attention=FirstPositionAttention(last.attention))
-    encoder = copy_with(backbone.encoder, layer=nn.ModuleList([*layers, last]))
-    return copy_with(backbone, encoder=encoder)
+    """A copy of the backbone, which shares its weights, with another last attention."""
+    weights = {id(weight): weight for weight in backbone.parameters()}
+    shortened = copy.deepcopy(backbone, weights)        # takes these for copied already
+    last = shortened.encoder.layer[-1]
+    last.attention = FirstPositionAttention(last.attention)
+    return shortened
 
 
 @torch.no_grad()
 def states_agree(backbone, shortened):
     """Whether both give position 0 the same state, tried on some words with padding."""
-    words = backbone.get_input_embeddings().weight[:12]
-    mask = torch.ones(2, 6, device=words.device)
-    mask[1, 3:] = 0
-    batch = {"inputs_embeds": words.unflatten(0, (2, 6)), "attention_mask": mask}
+    ids = torch.arange(12).view(2, 6)
+    batch = {"input_ids": ids, "attention_mask": (ids < 9).long()}      # three are padding
     whole = backbone.eval()(**batch)[0]
     short = shortened.eval()(**batch)[0]
     return torch.allclose(whole[:, :1], short, rtol=1e-3, atol=1e-3)
