@@ -8,40 +8,31 @@ thread of a CPU with AVX2, medians of 12 alternating turns on a machine that oth
 """
 import copy
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.overrides import TorchFunctionMode
 
 
-class FirstPositionAttention(nn.Module):
-    """The attention of a BERT-like layer for position 0 alone, which looks at all positions.
+def attend_from_first(attention, hidden_states, attention_mask=None, *_, **__):
+    """The forward of a BERT-like layer's attention for position 0 alone, which sees all positions.
 
-    It holds the very parts of the attention that it replaces, under transformers' own names.
+    attention: the module, its parts under transformers' own names. (B, N, H) and a mask that is
+    added to scores or says what to see -> ((B, 1, H), None).
     """
-
-    def __init__(self, attention):
-        super().__init__()
-        self.self = attention.self
-        self.output = attention.output
-
-    def split_heads(self, x):
-        """(B, N, H) -> (B, heads, N, H / heads)."""
-        return x.unflatten(-1, (self.self.num_attention_heads, -1)).transpose(1, 2)
-
-    def forward(self, hidden_states, attention_mask=None, *_, **__):
-        """(B, N, H) and a mask that is added to scores or says what to see -> ((B, 1, H), None)."""
-        first = hidden_states[:, :1]
-        query = self.split_heads(self.self.query(first))            # (B, heads, 1, H / heads)
-        key = self.split_heads(self.self.key(hidden_states))        # (B, heads, N, H / heads)
-        value = self.split_heads(self.self.value(hidden_states))
-        if attention_mask is not None:
-            attention_mask = attention_mask[:, :, :1]               # (B, 1, 1, N)
-        dropout = self.self.dropout.p if self.training else 0.0
-        seen = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout)
-        seen = seen.transpose(1, 2).flatten(2)                      # (B, 1, H)
-        return self.output(seen, first), None
+    own = attention.self
+    heads = (own.num_attention_heads, -1)
+    first = hidden_states[:, :1]
+    query = own.query(first).unflatten(-1, heads).transpose(1, 2)           # (B, heads, 1, H/heads)
+    key = own.key(hidden_states).unflatten(-1, heads).transpose(1, 2)       # (B, heads, N, H/heads)
+    value = own.value(hidden_states).unflatten(-1, heads).transpose(1, 2)
+    if attention_mask is not None:
+        attention_mask = attention_mask[:, :, :1]                           # (B, 1, 1, N)
+    dropout = own.dropout.p if attention.training else 0.0
+    seen = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout)
+    seen = seen.transpose(1, 2).flatten(2)                                  # (B, 1, H)
+    return attention.output(seen, first), None
 
 
 def first_position_only(backbone):
@@ -62,11 +53,12 @@ def first_position_only(backbone):
 
 
 def replace_last_attention(backbone):
-    """A copy of the backbone, which shares its weights, with another last attention."""
+    """A copy of the backbone, which shares its weights, with another forward of its last attention.
+    """
     weights = {id(weight): weight for weight in backbone.parameters()}
     shortened = copy.deepcopy(backbone, weights)        # takes these for copied already
-    last = shortened.encoder.layer[-1]
-    last.attention = FirstPositionAttention(last.attention)
+    attention = shortened.encoder.layer[-1].attention
+    attention.forward = partial(attend_from_first, attention)
     return shortened
 
 

