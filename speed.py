@@ -44,22 +44,15 @@ def first_position_only(backbone):
     bf16 or fp16, in which rounding hides whether the states are equal: convert the result instead.
     """
     try:
-        shortened = replace_last_attention(backbone)
+        weights = {id(weight): weight for weight in backbone.parameters()}
+        shortened = copy.deepcopy(backbone, weights)    # takes these for copied already
+        attention = shortened.encoder.layer[-1].attention
+        attention.forward = partial(attend_from_first, attention)
         if states_agree(backbone, shortened):
             return shortened
     except Exception:       # it may lack any of these parts, or fail in them
         pass
     return backbone
-
-
-def replace_last_attention(backbone):
-    """A copy of the backbone, which shares its weights, with another forward of its last attention.
-    """
-    weights = {id(weight): weight for weight in backbone.parameters()}
-    shortened = copy.deepcopy(backbone, weights)        # takes these for copied already
-    attention = shortened.encoder.layer[-1].attention
-    attention.forward = partial(attend_from_first, attention)
-    return shortened
 
 
 @torch.no_grad()
