@@ -153,7 +153,7 @@ def make_toolkit(job, steps):
         encoder_embedding_freeze=False))
 
     arguments = transformers.TrainingArguments(
-        tempfile.mkdtemp(), max_steps=len(batches), per_device_train_batch_size=BATCH,
+        tempfile.mkdtemp(), num_train_epochs=1, per_device_train_batch_size=BATCH,
         optim="adafactor", train_sampling_strategy="sequential", bf16=job.cfg["amp"] == "bf16",
         use_cpu=job.device.type == "cpu", save_strategy="no", disable_tqdm=True)
     collator = transformers.DataCollatorWithPadding(job.tokenizer)
@@ -172,8 +172,7 @@ def measure(title, contenders, turns):
             start = timer()
             run()
             seconds = timer() - start
-            tokens = (P + lengths).sum()
-            rates[name].append(tokens / seconds)
+            rates[name].append((P + lengths).sum() / seconds)
     print(f"\n{title:<12}  sentences/s  of floor")
     for name, (lengths, _) in contenders.items():
         rate = np.array(rates[name][1:])            # the first turn warms up

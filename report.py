@@ -29,7 +29,7 @@ test split:
 import csv
 import warnings
 from collections import Counter, namedtuple
-from itertools import groupby
+from itertools import chain, groupby
 from operator import itemgetter
 from pathlib import Path
 
@@ -80,9 +80,9 @@ class ScoredRun:
         self.sentences = {}
         self.hits = {}
         self.scores = {}
-        fields = itemgetter("index_id", "label", "predicted")
         for language, lines in groupby(read_csv(predictions), itemgetter("language")):
-            ids, labels, predicted = zip(*map(fields, lines))
+            answers = map(itemgetter("index_id", "label", "predicted"), lines)
+            ids, labels, predicted = zip(*answers)
             self.sentences[language] = (ids, labels)
             if language not in leave_out:
                 self.hits[language] = np.array(labels) == predicted
@@ -286,10 +286,9 @@ def estimate_difference(a, b):
     square = square_seeds + square_sentences - square_rest
     if sentences == 1 or square < 1e-12:
         return mean, np.nan, 1.0
-    uncertainty = (square_seeds ** 2 / free_seeds + square_rest ** 2 / free_rest) / 2
-    uncertainty += square_sentences ** 2 / free_sentences
-    error = np.sqrt(square / (seeds * sentences))
-    return mean, error, square ** 2 / uncertainty
+    of_runs = (square_seeds ** 2 / free_seeds + square_rest ** 2 / free_rest) / 2
+    freedom = square ** 2 / (of_runs + square_sentences ** 2 / free_sentences)
+    return mean, np.sqrt(square / (seeds * sentences)), freedom
 
 
 def t_test(mean, error, freedom):
@@ -303,10 +302,10 @@ def t_test(mean, error, freedom):
     area = np.append(0, np.cumsum(density[1:] + density[:-1]))
     p_values = 1 - area / area[-1]                              # of ANGLES, from 1 to 0
     angle = np.arctan(abs(mean) / error / np.sqrt(freedom))
-    p = np.interp(angle, ANGLES, p_values)
     critical_angle = np.interp(-LEVEL, -p_values, ANGLES)
     reach = np.sqrt(freedom) * np.tan(critical_angle) * error
-    return {"A - B": mean, "low": mean - reach, "high": mean + reach, "p": p}
+    return {"A - B": mean, "low": mean - reach, "high": mean + reach,
+            "p": np.interp(angle, ANGLES, p_values)}
 
 
 def mark_significant(lines):
@@ -403,7 +402,6 @@ def comparison_table(comparison):
 # ---- Tables: Markdown that is aligned in a terminal, too -----------------------------------------
 
 TEXT_COLUMNS = ("method", "source", "languages adapted to", "group")
-SIGNED_COLUMNS = ("A - B", "low", "high")
 # lines: dicts; columns: {key in the lines: heading}; remarks stand below the table
 Table = namedtuple("Table", "title columns lines remarks", defaults=[()])
 
@@ -421,7 +419,7 @@ def format_cell(line, key):
         return f"{value:,}"
     if isinstance(value, str):
         return value
-    if key in SIGNED_COLUMNS:
+    if key in ("A - B", "low", "high"):
         return f"{value:+.2f}"
     text = f"{value:.1f}"
     if f"{key} std" in line:
@@ -479,7 +477,6 @@ def study_tables(study, split, notes):
 
 # ---- The picture --------------------------------------------------------------------------------
 
-FREQUENT = 8                            # families or scripts that have a strip
 STYLE = {
     "font.size": 7, "axes.grid": True, "axes.grid.axis": "x", "grid.alpha": 0.25,
     "ytick.major.size": 0,
@@ -491,12 +488,11 @@ STYLE = {
 def plot(path, comparison):
     """Write the picture of a comparison to `path`."""
     with reading("--plot needs matplotlib"):
-        from matplotlib import style
-        from matplotlib.figure import Figure
-    figure = Figure((7.2, 6.2), layout="constrained")
+        from matplotlib import figure, style
+    picture = figure.Figure((7.2, 6.2), layout="constrained")
     with style.context(["default", STYLE]), warnings.catch_warnings(record=True) as caught:
-        draw(figure, comparison)        # "default": not what a user's own matplotlibrc says
-        figure.savefig(path, dpi=150)
+        draw(picture, comparison)       # "default": not what a user's own matplotlibrc says
+        picture.savefig(path, dpi=150)
     if caught:
         warn(f"--plot: boxes stand for letters that the font lacks: {caught[0].message}")
     print(f"{path}: written")
@@ -523,7 +519,7 @@ def draw(figure, comparison):
               f"groups, their colours, 95 % intervals (seeds: {comparison.seeds})")
 
     marks = ["•" if line["note"] == "significant" else "" for line in lines]
-    panels["l"].barh(range(len(lines)), gains, 0.9, color=colours)
+    panels["l"].barh(languages, gains, 0.9, color=colours)
     name_rows(panels["l"], marks, f"{len(lines)} languages (•: significant)")
 
     family_of = {line["code"]: line["family"] for line in read_csv(HERE / "baselines.csv")}
@@ -535,13 +531,13 @@ def draw(figure, comparison):
 
 
 def draw_strips(axes, title, values, gains, colours):
-    """A row for each of the most frequent values: a stroke for each language, and a black one for
-    their mean. values, gains, colours: one for each language."""
+    """A row for each of the eight most frequent values: a stroke for each language, and a black one
+    for their mean. values, gains, colours: one for each language."""
     names = []
-    for height, (value, count) in enumerate(Counter(values).most_common(FREQUENT)):
+    for height, (value, count) in enumerate(Counter(values).most_common(8)):
         chosen = np.equal(values, value)
         axes.scatter(gains[chosen], [height] * count, marker="|", c=colours[chosen])
-        axes.plot(gains[chosen].mean(), height, "k|", markersize=12, markeredgewidth=2)
+        axes.plot(gains[chosen].mean(), height, "k|", markersize=14)
         names.append(f"{value} ({count})")
     name_rows(axes, names, title)
 
@@ -570,9 +566,7 @@ def write_report(folder, text, notes, tables):
     listed = "".join(f"* {note}\n" for note in notes)
     write_atomically(folder / "report.md", f"{text}\n\n{listed}".encode())
     lines = [{"table": table.title, **line} for table in tables for line in table.lines]
-    columns = {}                                        # used as a set that keeps its order
-    for line in lines:
-        columns.update(line)
+    columns = dict.fromkeys(chain(*lines))              # a set that keeps its order
     write_csv(folder / "report.csv", columns, [map(line.get, columns) for line in lines])
     print(f"{folder}/report.md, report.csv: written")
 
