@@ -64,56 +64,51 @@ from evaluate import predict
 
 BATCH = 32              # sentences
 P = 20                  # prompt rows
-FIXED = ("evaluate.after_training=false", "train.evaluate_every=0",
-         "train.checkpoint_every=999999", "train.epochs=0", "train.accumulate=1",
-         f"train.batch_size={BATCH}", f"prompt.length={P}")
+FIXED = ("--mode=xpe", "--set=evaluate.after_training=false", "--set=train.evaluate_every=0",
+         "--set=train.checkpoint_every=999999", "--set=train.epochs=0", "--set=train.accumulate=1",
+         f"--set=train.batch_size={BATCH}", f"--set=prompt.length={P}")
 
 
 def read_job(options):
     """What all contenders share -> the namespace of train.read_job and train.prepare_backbone.
 
-    More in it: task, see train.Task; whole, a backbone whose last layer computes all positions.
+    More in it: task, see train.Task.
     """
-    args = train.parse_arguments(["--sources", f"{HERE}/sample/config.yaml", *options, "--mode",
-                                  "xpe", *(f"--set={setting}" for setting in FIXED)])
+    args = train.parse_arguments(["--sources", f"{HERE}/sample/config.yaml", *options, *FIXED])
     job = train.read_job(args)
     job.quiet = True
     job.arrived = []
     train.prepare_backbone(job)
     job.task = train.Task(job, job.languages)
     job.task.ids["dev"] = job.task.ids["dev"][:1]       # the loop ends with an evaluation
-    config = job.backbone.config
-    config.num_labels = len(job.corpus.labels)          # of the toolkit's model
-    job.whole = transformers.AutoModel.from_config(config).requires_grad_(False)
     return job
 
 
 # ---- Contenders: each is the lengths of its texts in tokens, and a function that runs a turn -----
 
-def start_training(job, K):
-    """-> K learners about to train, which keep and write nothing; their model."""
+def make_ours(job, K, steps, trains=True):
+    """train.py's loop with K learners in one pass, or evaluate.py's predict() with one; steps: of
+    all learners together. Puts the backbone on its device."""
     learners = []
-    for seed in range(K):
-        learner = train.Learner("no folder", seed, {"training": {}}, job.task)
-        learner.record_evaluation = lambda *_: None
-        learner.build(job)
-        learners.append(learner)
-    return learners, train.join_learners(learners, job)
-
-
-def make_ours(job, K, steps):
-    """train.py's loop with K learners in one pass; steps: of all together."""
     batches = []
     for seed in range(K):
+        learner = train.Learner("no folder", seed, {"training": {}}, job.task)
+        learner.record_evaluation = lambda *_: None     # it keeps and writes nothing
+        learner.build(job)
+        learners.append(learner)
         order = length_batches(job.task.lengths, BATCH, seed, epoch=0)
         batches += order[:max(1, steps // K)]
+    model = train.join_learners(learners, job)
+    job.autocast = place(model, job.device, job.cfg["amp"], job.cfg["frozen_weights"])
     indices = np.concatenate(batches)
-    count = len(batches) // K
+    texts = [job.task.ids["train"][i] for i in indices]
 
     def run():
-        job.task.steps = count
-        learners, model = start_training(job, K)
-        train.train(learners, model, job, checkpoint=None)
+        if trains:
+            job.task.steps = len(batches) // K
+            train.train(learners, model, job, checkpoint=None)
+        else:
+            predict(model, [texts], job.pad_id, autocast=job.autocast)
 
     return job.task.lengths[indices], run
 
@@ -122,37 +117,41 @@ def make_floor(job, lengths, trains):
     """The backbone alone, on batches of texts that are all of the mean length: no padding."""
     T = round(lengths.mean())
     count = -(-len(lengths) // BATCH)
-    weight = job.whole.get_input_embeddings().weight
+    whole = transformers.AutoModel.from_config(job.backbone.config)     # not shortened
+    whole.to(job.device, job.backbone.dtype).requires_grad_(False)
+    weight = whole.get_input_embeddings().weight
 
     def run():
-        job.whole.train(trains)
+        whole.train(trains)
         for _ in range(count):
             x = weight.new_zeros(BATCH, P + T, weight.shape[1], requires_grad=trains)
             with job.autocast():
-                h = job.whole(inputs_embeds=x)[0]       # (B, P+T, H)
+                h = whole(inputs_embeds=x)[0]       # (B, P+T, H)
             if trains:
                 h[:, 0].exp().sum().backward()      # a LayerNorm's sum alone has no gradient
 
     return np.full(count * BATCH, T), run
 
 
-def make_toolkit(job, batches):
-    """micm-nlp on batches of sentence numbers, with Adafactor, autocast and no logs."""
+def make_toolkit(job, steps):
+    """micm-nlp on the batches of ours x 1, with Adafactor, autocast and no logs."""
     with reading("toolkit: pip install micm-nlp"):
         from micm_nlp.models.xpe import get_xpe_model
     task = job.task
+    batches = length_batches(task.lengths, BATCH, seed=0, epoch=0)[:steps]
     # the Trainer cuts 32 by 32, so a smaller batch goes last
     indices = np.concatenate(sorted(batches, key=len, reverse=True))
     texts = [{"input_ids": task.ids["train"][i], "labels": task.labels["train"][i]}
              for i in indices]
-    config = job.whole.config
+    config = job.backbone.config
+    config.num_labels = len(job.corpus.labels)
     model = get_xpe_model(transformers.XLMRobertaForSequenceClassification(config), dict(
         task_type="SEQ_CLS", num_virtual_tokens=P, encoder_ratio=1.0, encoder_dropout=0.1,
         encoder_hidden_size=config.hidden_size // 4, encoder_freeze=False,
         encoder_embedding_freeze=False))
 
     arguments = transformers.TrainingArguments(
-        tempfile.mkdtemp(), max_steps=len(batches), per_device_train_batch_size=BATCH,
+        tempfile.mkdtemp(), num_train_epochs=1, per_device_train_batch_size=BATCH,
         optim="adafactor", train_sampling_strategy="sequential", bf16=job.cfg["amp"] == "bf16",
         use_cpu=job.device.type == "cpu", save_strategy="no", disable_tqdm=True)
     collator = transformers.DataCollatorWithPadding(job.tokenizer)
@@ -171,8 +170,7 @@ def measure(title, contenders, turns):
             start = timer()
             run()
             seconds = timer() - start
-            tokens = (P + lengths).sum()
-            rates[name].append(tokens / seconds)
+            rates[name].append((P + lengths).sum() / seconds)
     print(f"\n{title:<12}  sentences/s  of floor")
     for name, (lengths, _) in contenders.items():
         rate = np.array(rates[name][1:])            # the first turn warms up
@@ -191,35 +189,24 @@ OPTIONS = """
 
 
 def main(argv=None):
-    """Set up the contenders and let them run -> exit status."""
+    """Set up the contenders and let them run."""
     parser = make_parser("Speed beside the bare backbone and the authors' toolkit.", OPTIONS)
     args, options = parser.parse_known_args(argv)
     steps = int(args.steps)
     turns = int(args.turns)
     job = read_job(options)
-    _, model = start_training(job, 1)
-    job.autocast = place(model, job.device, job.cfg["amp"], job.cfg["frozen_weights"])
-    job.whole.to(job.device, job.backbone.dtype)
-    print(job.device, job.cfg["amp"], job.whole.config._attn_implementation)
+    print(job.device, job.cfg["amp"], job.backbone.config._attn_implementation)
 
-    batches = length_batches(job.task.lengths, BATCH, seed=0, epoch=0)[:steps]
-    indices = np.concatenate(batches)
-    lengths = job.task.lengths[indices]
+    lengths, evaluate = make_ours(job, 1, steps, trains=False)
     training = {"floor": make_floor(job, lengths, trains=True)}
     for name in args.learners.split(","):
         if name == "toolkit":
-            training[name] = make_toolkit(job, batches)
+            training[name] = make_toolkit(job, steps)
         else:
             training[f"ours x {name}"] = make_ours(job, int(name), steps)
     measure("training", training, turns)
-    texts = [job.task.ids["train"][i] for i in indices]
-
-    def evaluate():
-        predict(model, [texts], job.pad_id, autocast=job.autocast)
-
     evaluation = {"floor": make_floor(job, lengths, trains=False), "ours": (lengths, evaluate)}
     measure("evaluation", evaluation, turns)
-    return 0
 
 
 if __name__ == "__main__":

@@ -50,6 +50,10 @@ def read_authors(folder, name):
     path = Path(folder) / "adapter_config.json"
     config = read_json(path)
     saved = read_tensors(path.with_name("adapter_model.safetensors"))
+    group = re.search("-(seen|joshi5)", name)
+    if not group:
+        warn(f"{name}: no source group in this name; joshi5 is assumed")
+    seed = re.search(r"seed-0*(\d+)", name)
     with reading(path):
         tensors = {}
         for key, tensor in saved.items():
@@ -57,42 +61,34 @@ def read_authors(folder, name):
                 key = key.replace(theirs, ours)
             tensors[key] = tensor
         # authors' code: in the files that came with the paper, `embedding` of an XPE is encoded
-        if config["encoder_ratio"] == 1 and "prompt.encoded" not in tensors:
+        ratio = config["encoder_ratio"]
+        if ratio == 1 and "prompt.encoded" not in tensors:
             tensors["prompt.encoded"] = tensors.pop("prompt.standard")
-        meta = meta_of_the_authors(config, tensors["head.out_proj.weight"], name)
+
+        classes, width = tensors["head.out_proj.weight"].shape       # (C, H)
+        encoder = config["encoder_reparameterization_type"].lower()     # MLP, LSTM, ATTN or NONE
+        prompt = {"width": width, "encoder": encoder.replace("attn", "attention")}
+        for theirs, ours in SETTINGS_OF_THE_AUTHORS.items():
+            # a plain soft prompt may leave out what it has no encoder for
+            if config.get(theirs) is not None:
+                prompt[ours] = config[theirs]
+        meta = {
+            "kind": {0: "spt", 1: "xpe"}.get(ratio, "dual"),
+            "sources": resolve_group(read_config(), group[1] if group else "joshi5"),
+            "seed": int(seed[1]) if seed else 1,
+            "reads": "prompt",
+            "prompt": prompt,
+            "head": {"width": width, "classes": classes, "dropout": 0.1},
+            "labels": list(LABELS) if classes == len(LABELS) else list(map(str, range(classes))),
+            "max_length": 164,      # authors' code: their setting for SIB-200; no file says it
+            "backbone": {
+                "name": str(config.get("base_model_name_or_path")),
+                "revision": config.get("revision") or "main",
+                "type": "xlm-roberta",
+            },
+            "training": {},
+        }
         return restore_prompt(meta, tensors), meta
-
-
-def meta_of_the_authors(config, out_proj, name):
-    """What our prompt.json would say, from their adapter_config.json and a tensor (C, H)."""
-    classes, width = out_proj.shape
-    labels = list(LABELS) if classes == len(LABELS) else [str(number) for number in range(classes)]
-    group = re.search("-(seen|joshi5)", name)
-    if not group:
-        warn(f"{name}: no source group in this name; joshi5 is assumed")
-    seed = re.search(r"seed-0*(\d+)", name)
-    encoder = config["encoder_reparameterization_type"].lower()     # MLP, LSTM, ATTN or NONE
-    prompt = {"width": width, "encoder": encoder.replace("attn", "attention")}
-    for theirs, ours in SETTINGS_OF_THE_AUTHORS.items():
-        # a plain soft prompt may leave out what it has no encoder for
-        if config.get(theirs) is not None:
-            prompt[ours] = config[theirs]
-    return {
-        "kind": {0: "spt", 1: "xpe"}.get(config["encoder_ratio"], "dual"),
-        "sources": resolve_group(read_config(), group[1] if group else "joshi5"),
-        "seed": int(seed[1]) if seed else 1,
-        "reads": "prompt",
-        "prompt": prompt,
-        "head": {"width": width, "classes": classes, "dropout": 0.1},
-        "labels": labels,
-        "max_length": 164,      # authors' code: their setting for SIB-200; the files do not say it
-        "backbone": {
-            "name": str(config.get("base_model_name_or_path")),
-            "revision": config.get("revision") or "main",
-            "type": "xlm-roberta",
-        },
-        "training": {},
-    }
 
 
 def export_peft(folder, prompt, head, meta):

@@ -29,7 +29,8 @@ test split:
 import csv
 import warnings
 from collections import Counter, namedtuple
-from itertools import groupby
+from itertools import chain, groupby
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -56,38 +57,32 @@ class ScoredRun:
 
     .hits: {language: bool array (I,), whether each answer is right}; .scores: {language: accuracy
     in percent}, both without the languages to be left out; .sentences: {language: (ids, labels)};
-    .settings of its training; .figures and .partial: see add_figures.
+    .meta: its prompt.json; .figures and .partial: see add_figures.
     """
 
     def __init__(self, folder, split, leave_out):
         predictions = folder / f"{split}_predictions.csv"
         check(predictions.is_file(),
               why_no_run(folder) or f"no {predictions.name}; evaluate.py writes it")
-        meta = read_json(folder / "prompt.json")
         self.folder = folder
+        self.meta = meta = read_json(folder / "prompt.json")
         self.method = method_name(meta["kind"], meta["prompt"])     # xpe, dual30 ...
         self.seed = int(meta["seed"])
         self.sources = meta["sources"]
-        self.backbone = Path(meta["backbone"]["name"]).name
-        self.weights = meta["backbone"]["fingerprint"]      # what tells backbones apart
-        self.adapted_from = meta.get("adapted_from")        # the name of a run
-        self.adapted_to = meta.get("adapted_to", "")        # a language
-        self.case = f"{self.seed} {self.adapted_to}".strip()
+        self.backbone = meta["backbone"]
         training = meta["training"]                         # of the authors' release: {}
         self.trainable = training.get("trainable")
         self.settings = training.get("settings", {})
+        self.adapted_to = meta.get("adapted_to", "")        # a language
+        self.case = f"{self.seed} {self.adapted_to}".strip()
         self.figures = {}
         self.partial = {}
-
-        answers = {}
-        for line in read_csv(predictions):
-            answer = (line["index_id"], line["label"], line["predicted"])
-            answers.setdefault(line["language"], []).append(answer)
         self.sentences = {}
         self.hits = {}
         self.scores = {}
-        for language, lines in answers.items():
-            ids, labels, predicted = zip(*lines)
+        for language, lines in groupby(read_csv(predictions), itemgetter("language")):
+            answers = map(itemgetter("index_id", "label", "predicted"), lines)
+            ids, labels, predicted = zip(*answers)
             self.sentences[language] = (ids, labels)
             if language not in leave_out:
                 self.hits[language] = np.array(labels) == predicted
@@ -104,8 +99,7 @@ class Study:
     def __init__(self, run):
         self.config = read_config(run.folder / "config.yaml")
         self.targets = resolve_targets(self.config)     # title -> codes
-        self.backbone = run.backbone
-        self.weights = run.weights
+        self.backbone = run.backbone                    # its name, and what tells it from others
         self.sentences = {}                             # language -> (ids, labels)
         self.runs = []
         self.adapted = []
@@ -114,7 +108,8 @@ class Study:
     def take(self, run):
         """Add the run if it belongs here -> whether it does."""
         sentences = run.sentences | self.sentences
-        if run.weights != self.weights or sentences != self.sentences | run.sentences:
+        same = run.backbone["fingerprint"] == self.backbone["fingerprint"]
+        if not same or sentences != self.sentences | run.sentences:
             return False
         self.sentences = sentences
         run.sentences = sentences                       # each is kept once
@@ -141,17 +136,18 @@ def read_studies(arguments, split, leave_out, notes):
     Raises ValueError if nothing is left, or for a language to be left out that no run has.
     """
     studies = []
+    known = set()                                       # languages
     for argument in arguments:
         folder = Path(argument).resolve()
         try:
             with reading(folder):
                 run = ScoredRun(folder, split, leave_out)
+                known.update(run.sentences)
                 if not any(study.take(run) for study in studies):
                     studies.append(Study(run))
         except (ValueError, OSError) as error:
             notes.append(f"left out: {error}")
     check(studies, f"no scored run; {'; '.join(notes)}")
-    known = set().union(*(study.sentences for study in studies))
     for code in leave_out:
         check(code in known, f"--leave-out: no run is scored on {code!r}{nearest(code, known)}")
         notes.append(f"left out of all figures but the published ones: {code}")
@@ -177,63 +173,56 @@ def add_figures(study, notes):
     scores_of_run = {run.folder.name: run.scores for run in study.runs}
     for run in study.adapted:
         try:
-            before = scores_of_run[run.adapted_from][run.adapted_to]
+            before = scores_of_run[run.meta["adapted_from"]][run.adapted_to]
             after = run.scores[run.adapted_to]
             run.figures = {"before": before, "after": after, "gain": after - before}
         except KeyError as missing:
             notes.append(f"left out: {run.folder}: {missing} is not among these runs or languages")
 
 
-def average_over_seeds(same_method):
-    """Runs of one method -> a line: the mean of each figure and, as "<name> std", its deviation.
-
-    Several languages of one seed (adapted runs) are averaged first. The deviation is that of a
-    sample (n - 1); one seed has none. "<name> languages": how many, where a group lacks some.
-    """
-    first = same_method[0]
-    seeds = sorted({run.seed for run in same_method})
-    line = {"method": first.method, "source": first.source, "seeds": len(seeds),
-            "trainable": first.trainable}
-    if first.adapted_to:
-        languages = {run.adapted_to for run in same_method}
-        line["languages adapted to"] = shorten_list(sorted(languages))
-    for name in first.figures:
-        values = []
-        for seed in seeds:
-            of_seed = [run.figures[name] for run in same_method if run.seed == seed]
-            values.append(np.mean(of_seed))
-        line[name] = np.mean(values)
-        if len(values) > 1:
-            line[f"{name} std"] = np.std(values, ddof=1)
-    for run in same_method:
-        line.update(run.partial)
-    return line
-
-
 def average_methods(runs, notes):
     """Runs -> one line of a table for each method and source group, those that train the most last.
 
-    Notes the seeds (and adapted languages) that other lines have, and the settings in which runs
-    that are averaged differ. Raises ValueError for a seed that occurs twice.
+    A line has the mean of each figure over the seeds and, as "<name> std", its deviation, which is
+    that of a sample (n - 1); one seed has none. Several languages of one seed (adapted runs) are
+    averaged first. "<name> languages": how many, where a group lacks some. Notes the seeds (and
+    adapted languages) that other lines have, and the settings in which runs that are averaged
+    differ. Raises ValueError for a seed that occurs twice.
     """
     expected = {f"{run.seed} {other.adapted_to}".strip() for run in runs for other in runs}
     methods = {}                                        # label -> {seed and language: run}
     for run in runs:
-        same_method = methods.setdefault(run.label, {})
-        check(run.case not in same_method, f"{run.folder}: {run.label} has seed {run.case} twice")
-        same_method[run.case] = run
+        cases = methods.setdefault(run.label, {})
+        check(run.case not in cases, f"{run.folder}: {run.label} has seed {run.case} twice")
+        cases[run.case] = run
     lines = []
-    for label, same_method in methods.items():
-        missing = ", ".join(sorted(expected - same_method.keys()))
+    for label, cases in methods.items():
+        missing = ", ".join(sorted(expected - cases.keys()))
         if missing:
             notes.append(f"{label}: missing although other runs have them: seeds {missing}")
-        first, *others = same_method.values()
-        for run in others:
+        same_method = list(cases.values())
+        first = same_method[0]
+        seeds = sorted({run.seed for run in same_method})
+        line = {"method": first.method, "source": first.source, "seeds": len(seeds),
+                "trainable": first.trainable}
+        lines.append(line)
+        if first.adapted_to:
+            languages = {run.adapted_to for run in same_method}
+            line["languages adapted to"] = shorten_list(sorted(languages))
+        for name in first.figures:
+            values = []
+            for seed in seeds:
+                of_seed = [run.figures[name] for run in same_method if run.seed == seed]
+                values.append(np.mean(of_seed))
+            line[name] = np.mean(values)
+            if len(values) > 1:
+                line[f"{name} std"] = np.std(values, ddof=1)
+        for run in same_method:
+            line.update(run.partial)
             changed = differences(first.settings, run.settings, NO_RECIPE)
             if changed:
                 notes.append(f"{label}: {run.folder.name} is averaged with {first.folder.name}, "
                              f"although {changed}")
-        lines.append(average_over_seeds([first, *others]))
     return sorted(lines, key=lambda line: (line["source"], line["trainable"] or 0))
 
 
@@ -292,17 +281,14 @@ def estimate_difference(a, b):
     free_rest = free_seeds * free_sentences
 
     square_rest = np.sum(rest ** 2) / free_rest
-    square_seeds = sentences * np.sum(of_seeds ** 2) / free_seeds
-    square_sentences = seeds * np.sum(paired ** 2) / free_sentences
-    square_seeds = max(square_seeds, square_rest)
-    square_sentences = max(square_sentences, square_rest)
+    square_seeds = max(square_rest, sentences * np.sum(of_seeds ** 2) / free_seeds)
+    square_sentences = max(square_rest, seeds * np.sum(paired ** 2) / free_sentences)
     square = square_seeds + square_sentences - square_rest
     if sentences == 1 or square < 1e-12:
         return mean, np.nan, 1.0
-    uncertainty = (square_seeds ** 2 / free_seeds + square_rest ** 2 / free_rest) / 2
-    uncertainty += square_sentences ** 2 / free_sentences
-    error = np.sqrt(square / (seeds * sentences))
-    return mean, error, square ** 2 / uncertainty
+    of_runs = (square_seeds ** 2 / free_seeds + square_rest ** 2 / free_rest) / 2
+    freedom = square ** 2 / (of_runs + square_sentences ** 2 / free_sentences)
+    return mean, np.sqrt(square / (seeds * sentences)), freedom
 
 
 def t_test(mean, error, freedom):
@@ -316,22 +302,21 @@ def t_test(mean, error, freedom):
     area = np.append(0, np.cumsum(density[1:] + density[:-1]))
     p_values = 1 - area / area[-1]                              # of ANGLES, from 1 to 0
     angle = np.arctan(abs(mean) / error / np.sqrt(freedom))
-    p = np.interp(angle, ANGLES, p_values)
     critical_angle = np.interp(-LEVEL, -p_values, ANGLES)
     reach = np.sqrt(freedom) * np.tan(critical_angle) * error
-    return {"A - B": mean, "low": mean - reach, "high": mean + reach, "p": p}
+    return {"A - B": mean, "low": mean - reach, "high": mean + reach,
+            "p": np.interp(angle, ANGLES, p_values)}
 
 
 def mark_significant(lines):
     """Replace each p in lines (dicts) by Holm's adjusted one, and note those that are significant
     together at 0.05 -> how many lines have a p."""
     tested = [line for line in lines if not np.isnan(line["p"])]
-    tested.sort(key=lambda line: line["p"])
+    tested.sort(key=itemgetter("p"))
     largest = 0.0
     for place, line in enumerate(tested):
-        adjusted = line["p"] * (len(tested) - place)
-        largest = min(1.0, max(largest, adjusted))
-        line["p"] = largest
+        largest = max(largest, line["p"] * (len(tested) - place))
+        line["p"] = min(1.0, largest)
         if largest <= LEVEL:
             line["note"] = "significant"
     return len(tested)
@@ -360,12 +345,12 @@ def compare(study, names):
     (.tested: how many) adjusted together; note is "source", "significant" or "". p is NaN where
     nothing varies, for sources, and with one seed.
     """
-    runs_a, runs_b = [study.pick(name) for name in names]
+    runs_a, runs_b = map(study.pick, names)
     seeds = sorted(runs_a.keys() & runs_b.keys())
     a = [runs_a[seed] for seed in seeds]
     b = [runs_b[seed] for seed in seeds]
-    shared = set.intersection(*(set(run.hits) for run in a + b)) if seeds else set()
-    check(shared, "--compare: the two have no seed, or no language, in common")
+    shared = set(study.sentences).intersection(*(run.hits for run in a + b))
+    check(seeds and shared, "--compare: the two have no seed, or no language, in common")
     sources = set(a[0].sources + b[0].sources)
     members = {"Sources": sorted(shared.intersection(a[0].sources, b[0].sources))}
     for title, codes in study.targets.items():
@@ -373,8 +358,7 @@ def compare(study, names):
     groups = []
     for title, codes in members.items():
         if codes:
-            columns = contrast(a, b, codes)
-            groups.append({"group": title, "languages": len(codes), **columns})
+            groups.append({"group": title, "languages": len(codes), **contrast(a, b, codes)})
 
     languages = []
     for language in sorted(shared):
@@ -391,7 +375,6 @@ def comparison_table(comparison):
     """A beside B over the groups; below it how many target languages each of them wins, which of
     these are significant, and what one seed leaves out (tests/false_alarms.py) -> Table."""
     a, b = comparison.names
-    seeds = comparison.seeds
     won = 0
     lost = 0
     significant = []
@@ -405,21 +388,20 @@ def comparison_table(comparison):
     names = ", ".join(significant) or "none"
     remarks = [f"Target languages: {won} won, {lost} lost; significant (t test over seeds and "
                f"paired sentences, by Holm over {comparison.tested} languages): {names}."]
-    if seeds == 1:
+    if comparison.seeds == 1:
         remarks.append("One seed, and so no test: this compares two runs, not two methods. The "
                        "intervals cover the choice of test sentences alone; of two equal methods "
                        "they call one better in about a third of all cases, because runs of one "
                        "method differ, too.")
     columns = {"group": "group", "languages": "languages", "A": a, "B": b,
                "A - B": f"{a} - {b}", "low": "95 % from", "high": "to"}
-    title = f"{a} against {b}: accuracy in percent, {seeds} seeds each"
+    title = f"{a} against {b}: accuracy in percent, {comparison.seeds} seeds each"
     return Table(title, columns, comparison.groups, remarks)
 
 
 # ---- Tables: Markdown that is aligned in a terminal, too -----------------------------------------
 
 TEXT_COLUMNS = ("method", "source", "languages adapted to", "group")
-SIGNED_COLUMNS = ("A - B", "low", "high")
 # lines: dicts; columns: {key in the lines: heading}; remarks stand below the table
 Table = namedtuple("Table", "title columns lines remarks", defaults=[()])
 
@@ -437,7 +419,7 @@ def format_cell(line, key):
         return f"{value:,}"
     if isinstance(value, str):
         return value
-    if key in SIGNED_COLUMNS:
+    if key in ("A - B", "low", "high"):
         return f"{value:+.2f}"
     text = f"{value:.1f}"
     if f"{key} std" in line:
@@ -459,10 +441,10 @@ def format_tables(tables):
         for key, heading in table.columns.items():
             lengths = [len(format_cell(line, key)) for line in lines]
             width = max(3, len(heading), *lengths)
-            pad = str.ljust if heading in TEXT_COLUMNS else str.rjust
-            cells = [heading, pad(":", width, "-")]
+            side = "<" if heading in TEXT_COLUMNS else ">"
+            cells = [heading, f"{':':-{side}{width}}"]              # :----- or -----:
             cells += [format_cell(line, key) for line in table.lines]
-            columns.append([pad(cell, width) for cell in cells])
+            columns.append([f"{cell:{side}{width}}" for cell in cells])
         rows = [f"| {' | '.join(cells)} |" for cells in zip(*columns)]
         parts += [table.title, "\n".join(rows), *table.remarks]
     return "\n\n".join(parts)
@@ -476,12 +458,13 @@ def study_tables(study, split, notes):
     columns = {name: name for name in names}
     corpus = Path(study.config["data"]["name"]).name
     sentences = fingerprint(sorted(study.sentences.items()))[:8]
-    title = (f"Accuracy in percent ({split}, {study.backbone} {study.weights[:8]} on {corpus} "
-             f"{sentences}), mean ± standard deviation over seeds")
+    backbone = Path(study.backbone["name"]).name
+    title = (f"Accuracy in percent ({split}, {backbone} {study.backbone['fingerprint'][:8]} on "
+             f"{corpus} {sentences}), mean ± standard deviation over seeds")
     tables = [Table(title, columns, average_methods(study.runs, notes))]
     if "Low-performing" in columns:
         lines = read_csv(HERE / "published.csv")
-        for title, same_table in groupby(lines, lambda line: line["table"]):
+        for title, same_table in groupby(lines, itemgetter("table")):
             tables.append(Table(title, columns, list(same_table)))
     adapted = [run for run in study.adapted if run.figures]
     if adapted:
@@ -494,10 +477,8 @@ def study_tables(study, split, notes):
 
 # ---- The picture --------------------------------------------------------------------------------
 
-FREQUENT = 7                            # families or scripts with a strip of their own
 STYLE = {
     "font.size": 7, "axes.grid": True, "axes.grid.axis": "x", "grid.alpha": 0.25,
-    "axes.spines.top": False, "axes.spines.left": False, "axes.spines.right": False,
     "ytick.major.size": 0,
     # grey for the sources, then Okabe and Ito's colours, told apart by the colour-blind, too
     "axes.prop_cycle": "cycler(color=['8c8c8c', 'd55e00', '0072b2', 'e69f00', '009e73', 'cc79a7'])",
@@ -507,12 +488,11 @@ STYLE = {
 def plot(path, comparison):
     """Write the picture of a comparison to `path`."""
     with reading("--plot needs matplotlib"):
-        from matplotlib import style
-        from matplotlib.figure import Figure
-    figure = Figure((7.2, 6.2), layout="constrained")
+        from matplotlib import figure, style
+    picture = figure.Figure((7.2, 6.2), layout="constrained")
     with style.context(["default", STYLE]), warnings.catch_warnings(record=True) as caught:
-        draw(figure, comparison)        # "default": not what a user's own matplotlibrc says
-        figure.savefig(path, dpi=150)
+        draw(picture, comparison)       # "default": not what a user's own matplotlibrc says
+        picture.savefig(path, dpi=150)
     if caught:
         warn(f"--plot: boxes stand for letters that the font lacks: {caught[0].message}")
     print(f"{path}: written")
@@ -521,8 +501,7 @@ def plot(path, comparison):
 def draw(figure, comparison):
     """Draw groups with intervals, sorted gains, families and scripts, all on one axis.
 
-    A language has the colour of the first group that holds it, and is black if none does; a group
-    is black if earlier ones hold all of its languages.
+    A language has the colour of the first group that holds it, and is black if none does.
     """
     lines = comparison.languages
     languages = [line["language"] for line in lines]
@@ -530,46 +509,37 @@ def draw(figure, comparison):
     panels = figure.subplot_mosaic("lg;lf;ls", sharex=True)
 
     colours = np.full(len(lines), "black")
-    for height, line in enumerate(comparison.groups):
-        members = comparison.members[line["group"]]
-        own = np.isin(languages, members) & (colours == "black")
-        colour = f"C{height}" if own.any() else "black"         # C0, C1 ...: those of STYLE
-        colours[own] = colour
+    for height, line in reversed(list(enumerate(comparison.groups))):       # the first comes last
+        colour = f"C{height}"                                   # C0, C1 ...: those of STYLE
+        colours[np.isin(languages, comparison.members[line["group"]])] = colour
         gain = line["A - B"]
         panels["g"].errorbar(gain, height, xerr=line["high"] - gain, fmt="o", color=colour)
     names = [f"{line['group']} ({line['languages']})" for line in comparison.groups]
-    title = f"groups, their colours, 95 % intervals (seeds: {comparison.seeds})"
-    name_rows(panels["g"], names, title)
+    name_rows(panels["g"], names,
+              f"groups, their colours, 95 % intervals (seeds: {comparison.seeds})")
 
     marks = ["•" if line["note"] == "significant" else "" for line in lines]
-    panels["l"].barh(range(len(lines)), gains, 0.9, color=colours)
+    panels["l"].barh(languages, gains, 0.9, color=colours)
     name_rows(panels["l"], marks, f"{len(lines)} languages (•: significant)")
 
     family_of = {line["code"]: line["family"] for line in read_csv(HERE / "baselines.csv")}
     families = [family_of.get(language, "unknown") for language in languages]
     scripts = [language.rpartition("_")[2] for language in languages]
-    draw_strips(panels["f"], "families, with their means", families, gains, colours)
-    draw_strips(panels["s"], "scripts, with their means", scripts, gains, colours)
+    draw_strips(panels["f"], "the largest families, with their means", families, gains, colours)
+    draw_strips(panels["s"], "the largest scripts, with their means", scripts, gains, colours)
     figure.suptitle("accuracy of {} minus {} (points)".format(*comparison.names))
 
 
 def draw_strips(axes, title, values, gains, colours):
-    """A row for each frequent value, the largest mean gain on top: a dot for each language, spread
-    a little up and down, and a stroke for their mean. values, gains, colours: one for each
-    language."""
-    frequent = dict(Counter(values).most_common(FREQUENT))
-    values = np.array([value if value in frequent else "others" for value in values])
-    counts = Counter(values)
-    order = sorted(counts, key=lambda value: -gains[values == value].mean())
-    names = [f"{value} ({counts[value]})" for value in order]
+    """A row for each of the eight most frequent values: a stroke for each language, and a black one
+    for their mean. values, gains, colours: one for each language."""
+    names = []
+    for height, (value, count) in enumerate(Counter(values).most_common(8)):
+        chosen = np.equal(values, value)
+        axes.scatter(gains[chosen], [height] * count, marker="|", c=colours[chosen])
+        axes.plot(gains[chosen].mean(), height, "k|", markersize=14)
+        names.append(f"{value} ({count})")
     name_rows(axes, names, title)
-    spread = np.random.default_rng(0)                   # the same picture each time
-    for height, value in enumerate(order):
-        chosen = values == value
-        own = gains[chosen]
-        heights = height + spread.uniform(-0.28, 0.28, len(own))
-        axes.scatter(own, heights, s=3, c=colours[chosen], zorder=3)
-        axes.vlines(own.mean(), height - 0.4, height + 0.4, color="black")
 
 
 def name_rows(axes, names, title):
@@ -595,15 +565,9 @@ def write_report(folder, text, notes, tables):
     folder.mkdir(parents=True, exist_ok=True)
     listed = "".join(f"* {note}\n" for note in notes)
     write_atomically(folder / "report.md", f"{text}\n\n{listed}".encode())
-    lines = []
-    columns = {}                                        # used as a set that keeps its order
-    for table in tables:
-        for line in table.lines:
-            line = {"table": table.title, **line}
-            lines.append(line)
-            columns.update(line)
-    fields = [map(line.get, columns) for line in lines]
-    write_csv(folder / "report.csv", columns, fields)
+    lines = [{"table": table.title, **line} for table in tables for line in table.lines]
+    columns = dict.fromkeys(chain(*lines))              # a set that keeps its order
+    write_csv(folder / "report.csv", columns, [map(line.get, columns) for line in lines])
     print(f"{folder}/report.md, report.csv: written")
 
 
@@ -619,24 +583,23 @@ def main(argv=None):
     notes = []
     studies = read_studies(args.runs, args.split, split_commas(args.leave_out), notes)
     tables = []
-    comparisons = []
     for study in studies:
         if any("ars_Arab" in run.hits and "arb_Arab" in run.sources for run in study.runs):
             notes.append("ars_Arab shares 138 of SIB-200's 204 test sentences with arb_Arab, a "
                          "source; --leave-out ars_Arab counts without it")
         tables += study_tables(study, args.split, notes)
-        if args.compare and all(map(study.pick, args.compare)):
-            comparisons.append(compare(study, args.compare))
-            tables.append(comparison_table(comparisons[-1]))
     for note in notes:
         warn(note)
+    if args.compare:
+        having_both = [study for study in studies if all(map(study.pick, args.compare))]
+        check(len(having_both) == 1,
+              "--compare: a name fits no method, or several (write it with its source: "
+              "xpe-joshi5), or several backbones or corpora have both")
+        comparison = compare(*having_both, args.compare)
+        tables.append(comparison_table(comparison))
     text = format_tables(tables)
     print(text)
     if args.compare:
-        check(len(comparisons) == 1,
-              "--compare: a name fits no method, or several (write it with its source: "
-              "xpe-joshi5), or several backbones or corpora have both")
-        comparison, = comparisons
         tables.append(Table("languages", {}, comparison.languages))
     if args.out:
         write_report(Path(args.out).expanduser(), text, notes, tables)

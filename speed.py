@@ -8,90 +8,56 @@ thread of a CPU with AVX2, medians of 12 alternating turns on a machine that oth
 """
 import copy
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.overrides import TorchFunctionMode
 
-# transformers' model types whose layers have BERT's parts, under BERT's names
-LIKE_BERT = ("bert", "camembert", "electra", "roberta", "xlm-roberta")
 
+def attend_from_first(attention, hidden_states, attention_mask=None, *_, **__):
+    """The forward of a BERT-like layer's attention for position 0 alone, which sees all positions.
 
-class FirstPositionAttention(nn.Module):
-    """The attention of a BERT-like layer for position 0 alone, which looks at all positions.
-
-    It holds the very parts of the attention that it replaces, under transformers' own names.
+    attention: the module, its parts under transformers' own names. (B, N, H) and a mask that is
+    added to scores or says what to see -> ((B, 1, H), None).
     """
-
-    def __init__(self, attention):
-        super().__init__()
-        self.self = attention.self
-        self.output = attention.output
-
-    def split_heads(self, x):
-        """(B, N, H) -> (B, heads, N, H / heads)."""
-        return x.unflatten(-1, (self.self.num_attention_heads, -1)).transpose(1, 2)
-
-    def forward(self, hidden_states, attention_mask=None, *_, **__):
-        """(B, N, H) and a mask that is added to scores or says what to see -> ((B, 1, H), None)."""
-        first = hidden_states[:, :1]
-        query = self.split_heads(self.self.query(first))            # (B, heads, 1, H / heads)
-        key = self.split_heads(self.self.key(hidden_states))        # (B, heads, N, H / heads)
-        value = self.split_heads(self.self.value(hidden_states))
-        if attention_mask is not None:
-            attention_mask = attention_mask[:, :, :1]               # (B, 1, 1, N)
-        dropout = self.self.dropout.p if self.training else 0.0
-        seen = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout)
-        seen = seen.transpose(1, 2).flatten(2)                      # (B, 1, H)
-        return self.output(seen, first), None
-
-
-def first_position_only(backbone):
-    """-> a backbone whose last layer computes position 0 alone: the same numbers for less work.
-
-    For heads that read position 0. The result shares every weight with `backbone`, which stays as
-    it is; both are left in evaluation mode. A backbone that is not built like BERT comes back
-    itself, and so does one in bf16 or fp16, in which rounding hides whether the states are equal:
-    convert the result instead.
-    """
-    try:
-        config = backbone.config
-        # a decoder's position 0 may not see what follows
-        if config.model_type in LIKE_BERT and not config.is_decoder:
-            shortened = replace_last_attention(backbone)
-            if states_agree(backbone, shortened):
-                return shortened
-    except Exception:       # it calls itself so, but is built otherwise, and anything may fail
-        pass
-    return backbone
-
-
-def copy_with(module, **children):
-    """A copy of a module that shares everything with it, but for the named children."""
-    twin = copy.copy(module)
-    twin._modules = {**module._modules, **children}
-    return twin
-
-
-def replace_last_attention(backbone):
-    """Copies of the few modules on the way from the backbone to its last attention."""
-    *layers, last = backbone.encoder.layer
-    last = copy_with(last, attention=FirstPositionAttention(last.attention))
-    encoder = copy_with(backbone.encoder, layer=nn.ModuleList([*layers, last]))
-    return copy_with(backbone, encoder=encoder)
+    own = attention.self
+    heads = (own.num_attention_heads, -1)
+    first = hidden_states[:, :1]
+    query = own.query(first).unflatten(-1, heads).transpose(1, 2)           # (B, heads, 1, H/heads)
+    key = own.key(hidden_states).unflatten(-1, heads).transpose(1, 2)       # (B, heads, N, H/heads)
+    value = own.value(hidden_states).unflatten(-1, heads).transpose(1, 2)
+    if attention_mask is not None:
+        attention_mask = attention_mask[:, :, :1]                           # (B, 1, 1, N)
+    dropout = own.dropout.p if attention.training else 0.0
+    seen = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout)
+    seen = seen.transpose(1, 2).flatten(2)                                  # (B, 1, H)
+    return attention.output(seen, first), None
 
 
 @torch.no_grad()
-def states_agree(backbone, shortened):
-    """Whether both give position 0 the same state, tried on some words with padding."""
-    words = backbone.get_input_embeddings().weight[:12]
-    mask = torch.ones(2, 6, device=words.device)
-    mask[1, 3:] = 0
-    batch = {"inputs_embeds": words.unflatten(0, (2, 6)), "attention_mask": mask}
-    whole = backbone.eval()(**batch)[0]
-    short = shortened.eval()(**batch)[0]
-    return torch.allclose(whole[:, :1], short, rtol=1e-3, atol=1e-3)
+def first_position_only(backbone):
+    """-> a backbone whose last layer computes position 0 alone: the same numbers for less work.
+
+    For heads that read position 0, which may see all positions: check_backbone refuses a causal
+    backbone. The result shares every weight with `backbone`, which stays as it is; both are left in
+    evaluation mode. A backbone that is not built like BERT comes back itself, and so does one in
+    bf16 or fp16, in which rounding hides whether the states are equal: convert the result instead.
+    """
+    try:
+        weights = {id(weight): weight for weight in backbone.parameters()}
+        shortened = copy.deepcopy(backbone, weights)    # takes these for copied already
+        attention = shortened.encoder.layer[-1].attention
+        attention.forward = partial(attend_from_first, attention)
+        ids = torch.arange(12).view(2, 6)
+        batch = {"input_ids": ids, "attention_mask": (ids < 9).long()}      # three are padding
+        whole = backbone.eval()(**batch)[0]
+        short = shortened.eval()(**batch)[0]
+        if torch.allclose(whole[:, :1], short, rtol=1e-3, atol=1e-3):
+            return shortened
+    except Exception:       # it may lack any of these parts, or fail in them
+        pass
+    return backbone
 
 
 def cheap_dropout(device):
