@@ -105,8 +105,8 @@ def load_backbone(where, settings, device, precision, reads, prompted=True):
     """A folder or a name on the hub, as data.locate takes it -> (backbone in float32, tokenizer,
     identity), checked.
 
-    identity: {name, revision (the commit, or "local"), type, fingerprint (of the weights),
-    tokenizer (a fingerprint, too)}. settings: the section `backbone`; reads: prompt.reads;
+    identity: data.locate's {name, revision, folder} and type, fingerprint (of the weights),
+    tokenizer (a fingerprint, too). settings: the section `backbone`; reads: prompt.reads;
     prompted: whether a prompt stands before the texts. The pooler is taken away; of an
     encoder-decoder the encoder is returned, and the type says so; a head that reads position 0 gets
     a last layer that computes no other. Raises ValueError or OSError, in one line, for what cannot

@@ -66,8 +66,8 @@ def read_config(path=None, settings=()):
 
     A section `targets` in the file replaces the default columns; all other sections add to or
     change the default ones. A setting has the last word: `train.rate=...` also replaces the rate
-    of the sections `adapt` and `full`, and `steps` sets `epochs` to 0. Raises ValueError that says
-    where, which key, and what is possible.
+    of the sections `adapt` and `full`, and `steps` sets `epochs` to 0 beside it. Raises ValueError
+    that says where, which key, and what is possible.
     """
     config = read_default(load_yaml(read_text(HERE / "config.yaml"), "config.yaml"))
     if path is not None:
@@ -86,7 +86,7 @@ def read_config(path=None, settings=()):
         for part in ("train", "adapt", "full"):
             if section == "train" and key in config[part]:
                 config[part][key] = config["train"][key]
-            if key == "steps":
+            if key == "steps" and section in ("train", part):
                 config[part]["epochs"] = 0
     return config
 

@@ -52,9 +52,9 @@ def check(condition, message):
 
 @contextmanager
 def reading(path):
-    """Turn whatever a parser raises over foreign material into ValueError "path: what is wrong".
+    """Turn any error over outside input into ValueError "path: what is wrong".
 
-    Not for the project's own logic. Errors of the system that name their file pass through.
+    Not for the project's own logic. An OSError that names its file passes through.
     """
     try:
         yield
@@ -89,7 +89,7 @@ def nearest(word, words):
 
 
 def tidy(name):
-    """A name or code as it is compared: without blanks at the edges, in Unicode's form NFC."""
+    """A name or code as it is compared: stripped, in Unicode's form NFC."""
     return unicodedata.normalize("NFC", name.strip())
 
 
@@ -100,7 +100,7 @@ def split_commas(text):
 
 def run_main(main):
     """Run a script's main: every error that a person can cause ends in one line and status 2."""
-    for stream in (sys.stdout, sys.stderr):     # a letter that cannot be shown must not end it
+    for stream in (sys.stdout, sys.stderr):     # an unencodable letter must not end it
         stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         sys.exit(main())
@@ -228,7 +228,7 @@ def fingerprint(sentences):
     return short_hash(content.encode())
 
 
-LEAK = 0.02     # share of a split; single sentences are repeated in SIB-200, too
+LEAK = 0.02     # share of a split that may be repeated: single sentences are in SIB-200, too
 
 
 def find_leaks(corpus, sources, targets):
@@ -240,6 +240,7 @@ def find_leaks(corpus, sources, targets):
     lines = []
     for what in ("text", "index_id"):
         places = {}                     # a text or index_id -> "train of eng_Latn"
+        # dev sentences against train; then test sentences against both
         for seen, split, languages in (("train", "dev", sources), ("dev", "test", targets)):
             for code in sources:
                 for sentence in corpus.read_any(code, seen):
@@ -316,13 +317,13 @@ def length_batches(lengths, batch_size, seed, epoch):
 
     Sentences of about equal length form a batch. Sizes and order of the batches depend on the
     epoch alone, only the noise on the seed: at step i the learners of all seeds have batches of
-    one size and of about the same lengths, so that joining them adds little padding.
+    one size and of about the same lengths, so that joining them (in train.py) adds little padding.
     """
     noise = np.random.default_rng([seed, epoch]).random(len(lengths))
     order = np.argsort(lengths + LENGTH_NOISE * lengths.mean() * noise, kind="stable")
 
-    # One batch takes the remainder, and its few sentences count more: it must not always be the
-    # batch of the longest ones.
+    # One batch takes the remainder, and its few sentences count more, because a batch's loss is a
+    # mean: it must not always be the batch of the longest ones.
     shared_random = np.random.default_rng(epoch)
     count = math.ceil(len(lengths) / batch_size)
     sizes = np.full(count, batch_size)

@@ -122,6 +122,7 @@ class Classifier:
             told = run.changes(identity)
             if told:
                 warn(f"{run.name}: not the backbone or tokenizer of its training: {told}")
+                run.results = None
             run.meta["backbone"] = identity         # what the report reads
         if not frozen:
             path = first.folder / "backbone.safetensors"
@@ -179,9 +180,9 @@ def load(run, device="auto", backbone=None, amp="auto"):
 class Scores:
     """What a run answers on a split.
 
-    .sentences: pairs (language, Sentence); .lines: those of <split>.csv, which an earlier call left
-    or `take` computes; .facts: what they are computed with; .folder: where they are kept, or None;
-    .told: a line that says where.
+    .run, .split; .sentences: pairs (language, Sentence); .lines: those of <split>.csv, which an
+    earlier call left or `take` computes; .facts: what they are computed with; .folder: where they
+    are kept, or None; .told: a line that says where.
     """
 
     def __init__(self, run, split, languages, out, again):
@@ -197,15 +198,16 @@ class Scores:
             self.folder = Path(out).expanduser() / run.name
             check(again or not self.folder.exists(),
                   f"{self.folder} exists; --again writes over it")
+        if self.folder and self.folder != run.folder:
             check(not (self.folder / "metrics.jsonl").exists(),
-                  f"{self.folder} is a trained run, where --out does not write")
+                  f"{self.folder} is another trained run: --out FOLDER writes elsewhere")
         if "adapted_to" in run.meta:
             languages = languages or [run.meta["adapted_to"]]
         self.sentences = [(code, sentence) for code in languages or corpus.files
                           for sentence in corpus.read_any(code, split)]
         check(self.sentences, f"{corpus.root}: no language has a file {split}.tsv")
         self.facts = {"prompt": run.fingerprint(), "backbone": run.meta["backbone"],
-                      "data": fingerprint([sentence for _, sentence in self.sentences])}
+                      "data": fingerprint(self.sentences)}
         self.lines = []
         self.told = "not written: --out FOLDER keeps the scores"
         if self.folder and not again:
@@ -214,7 +216,9 @@ class Scores:
             with reading(path):
                 if self.facts.items() <= earlier.items():
                     self.lines = earlier["lines"]
-                    self.told = f"{self.folder}: scored already; --again scores it again"
+                    precision = earlier["precision"]
+                    self.told = (f"{self.folder}: scored already (precision {precision}); --again "
+                                 f"scores it again")
 
     def take(self, probabilities):
         """Compute the lines from the answers (n, C); write them if there is a folder."""
@@ -285,14 +289,14 @@ class Scores:
 def group_scores(scores):
     """Scores without lines -> lists of those whose runs can share one pass through the backbone."""
     groups = defaultdict(list)
-    for own in scores:
-        if own.lines:
+    for score in scores:
+        if score.lines:
             continue
-        run = own.run
+        run = score.run
         # full fine-tuning has a backbone of its own
-        rows = run.prompt.length if run.prompt else run.folder
+        shape = run.prompt.length if run.prompt else run.folder
         alike = [run.meta[key] for key in ("backbone", "reads", "max_length", "labels")]
-        groups[str(alike), run.config["train"]["frozen_weights"], rows].append(own)
+        groups[str(alike), run.config["train"]["frozen_weights"], shape].append(score)
     return groups.values()
 
 
@@ -302,21 +306,26 @@ def score_runs(runs, split, languages, device, amp, out=None, again=False):
     languages: codes, by default all (of an adapted prompt its own); those without this split are
     left out. Files go to `out`/<name of the run>, by default to each run's own folder. If
     `languages` are given, or backbone or data are not the run's own, nothing is written unless
-    `out` is given. again=False: a run with scores of the same prompt, data and backbone is shown,
-    not computed, and what is in `out` is not written over (ValueError).
+    `out` is given. A released prompt has its scores in runs/<name>. again=False: a run with scores
+    of the same prompt, data and backbone is shown, not computed, and what is in `out` is not
+    written over (ValueError).
     """
     scores = [Scores(run, split, languages, out, again) for run in runs]
-    folders = [own.folder for own in scores if own.folder]
+    folders = [score.folder for score in scores if score.folder]
     check(len(set(folders)) == len(folders), "two runs would write to the same folder")
     for group in group_scores(scores):
-        classifier = Classifier([own.run for own in group], device, amp)
-        texts = [[sentence.text for _, sentence in own.sentences] for own in group]
-        for own, probabilities in zip(group, classifier.answer(texts)):
-            own.facts.update(precision=classifier.precision, device=device.type)
-            own.take(probabilities)
-    for own in scores:
-        print(own.table(every_language=len(runs) < 4))
-    direct = [own for own in scores if "adapted_to" not in own.run.meta]
+        classifier = Classifier([score.run for score in group], device, amp)
+        texts = [[sentence.text for _, sentence in score.sentences] for score in group]
+        for score, probabilities in zip(group, classifier.answer(texts)):
+            score.facts.update(precision=classifier.precision, device=device.type)
+            if out:
+                score.facts["backbone"] = score.run.meta["backbone"]
+            else:           # not into the run's folder if the backbone turned out to be another
+                score.folder = score.folder and score.run.results
+            score.take(probabilities)
+    for score in scores:
+        print(score.table(every_language=len(runs) < 4))
+    direct = [score for score in scores if "adapted_to" not in score.run.meta]
     if len(direct) > 1:
         print(method_table(direct))
     return scores
@@ -326,11 +335,11 @@ def method_table(scores):
     """Mean ± standard deviation over the runs of each method on the same sources and backbone, as
     text. (Adapted runs, each on a language of its own, have a table in report.py.)"""
     means = defaultdict(list)           # (method, group of languages, setting) -> one mean a run
-    for own in scores:
-        run = own.run
+    for score in scores:
+        run = score.run
         method = method_name(run.meta["kind"], run.meta["prompt"])
         setting = f"{run.sources} {run.meta['backbone'].get('fingerprint')}"
-        for title, (mean, _, _) in own.means().items():
+        for title, (mean, _, _) in score.means().items():
             if mean is not None:
                 means[f"{method}, {len(run.sources)} sources", title, setting].append(mean)
     text = ["mean ± standard deviation over runs"]
@@ -344,8 +353,8 @@ def method_table(scores):
 # ---- The command ---------------------------------------------------------------------------------
 
 def read_stdin_texts():
-    """The lines of standard input, blank ones too; ValueError with the line of what is not UTF-8.
-    """
+    """The lines of standard input, blank ones included; ValueError with the number of a line that
+    is not UTF-8."""
     texts = []
     for number, line in enumerate(sys.stdin.buffer, start=1):
         with reading(f"standard input:{number}"):
@@ -356,8 +365,7 @@ def read_stdin_texts():
 def classify(runs, texts, device, amp):
     """Print what each run says of each text: [run,] label, probability, text, with tabs between.
 
-    A line for each text, with single blanks for its own breaks and tabs; for a blank one label and
-    probability are empty.
+    A line for each text, its whitespace collapsed; for a blank one label and probability are empty.
     """
     with reading("--text"):
         "".join(texts).encode()             # what the shell passed may not be UTF-8

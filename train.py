@@ -134,11 +134,11 @@ def make_schedule(optimizer, steps, cfg):
 
 @dataclass
 class Learner:
-    """One prompt in training."""
+    """One prompt in training. `build` adds modules, optimizer, schedule, scaler and loss_sum."""
 
     folder: Path
     seed: int
-    meta: dict                  # becomes prompt.json
+    meta: dict                  # becomes prompt.json; prepare_learners fills it in
     task: Task = None
     log: object = None          # metrics.jsonl, open and locked
     log_bytes: int = 0          # its length
@@ -172,7 +172,7 @@ class Learner:
         self.scaler = torch.amp.GradScaler(job.device.type, enabled=job.cfg["amp"] == "fp16")
         self.loss_sum = torch.zeros((), device=job.device)      # since the last evaluation
 
-    def step(self, clip):
+    def update(self, clip):
         """Clip the gradient of this learner, take one step, move the schedule on."""
         self.scaler.unscale_(self.optimizer)
         if clip:
@@ -193,7 +193,7 @@ class Learner:
         dev_accuracy = accuracy(labels, logits.argmax(dim=1))
         if not math.isfinite(dev_loss + train_loss):
             self.stopped = f"diverged: the loss is no longer finite at step {step}"
-            return dev_accuracy
+            return dev_accuracy         # an earlier best, if there is one, is the result
         line = {"step": step, "loss": round(train_loss, 6), "dev_accuracy": round(dev_accuracy, 4),
                 "dev_loss": round(dev_loss, 6)}
         if not self.best or line["dev_accuracy"] > self.best["dev_accuracy"]:
@@ -245,9 +245,10 @@ class Learner:
         best_tensors = self.best_tensors
         # in full fine-tuning, gigabytes for each seed
         self.optimizer = self.schedule = self.modules = self.best_tensors = None
-        advice = "train.rate (and standard_rate, encoded_rate: of the prompt's rows)"
+        rates = "train.rate (and standard_rate, encoded_rate: of the prompt's rows)"
         if best_tensors is None:
-            warn(f"{self.folder}: {self.stopped}; nothing to keep: lower {advice}")
+            warn(f"{self.folder}: {self.stopped}; nothing to keep: remove the folder and lower "
+                 f"{rates}")
             write_atomically(self.folder / DIVERGED, self.stopped.encode())
             return
         modules.load_state_dict(best_tensors)
@@ -261,7 +262,7 @@ class Learner:
                    f"{best['step']}, {self.stopped}")
         if best["dev_accuracy"] < majority(self.task.labels["dev"]) + 1:
             warn(f"{self.folder}: no better than the majority class of the dev split: raise "
-                 f"{advice}, or train for more steps")
+                 f"{rates}, or train for more steps")
 
 
 # ---- The loop ------------------------------------------------------------------------------------
@@ -281,8 +282,8 @@ def join_batches(learners, parts, job):
 def train(learners, model, job, checkpoint, start=0):
     """Train the K learners of a pass until each has stopped; a signal ends the process.
 
-    `model` holds their prompts and heads; all have equally many sentences. `job`: .cfg, .device,
-    .autocast, .pad_id, .quiet, .arrived (signals). `checkpoint`: its path; `start`: its step.
+    `model` holds their prompts and heads; all have equally many sentences. `job`: see read_job;
+    `checkpoint`: its path; `start`: its step.
     """
     cfg = job.cfg
     task = learners[0].task
@@ -291,7 +292,7 @@ def train(learners, model, job, checkpoint, start=0):
     evaluated = True
     for step in tqdm(range(start + 1, task.steps + 1), initial=start, total=task.steps,
                      unit=" steps", disable=job.quiet or None):
-        if evaluated:           # which ended in evaluation mode, as the backbone starts
+        if evaluated:           # it leaves the model in evaluation mode; so does loading it
             model.train()
             # paper: the backbone is frozen, but its dropout is active
             model.backbone.train(cfg["dropout"])
@@ -315,12 +316,12 @@ def train(learners, model, job, checkpoint, start=0):
                 # ours: divided by sentences; class weights would cancel in a batch of one
                 loss = F.cross_entropy(block, wanted, learner.task.class_weights, reduction="sum")
                 loss = loss / len(wanted) / len(accumulated)
-                learner.loss_sum += loss.detach()       # stays on the device: a look would wait
+                learner.loss_sum += loss.detach()       # reading it would wait for the GPU
                 total = total + learner.scaler.scale(loss)
             total.backward()
 
         for learner in learners:        # paper: each clips and steps by itself
-            learner.step(cfg["clip"])
+            learner.update(cfg["clip"])
         evaluated = step % task.evaluate_every == 0 or step == task.steps
         if evaluated:
             evaluate_learners(learners, model, step, job)
@@ -392,7 +393,7 @@ def catch_signals():
 # ---- Passes and checkpoints ----------------------------------------------------------------------
 # The learners of a command are cut into passes in order. The checkpoint of a pass is one file, in
 # the folder of its first learner: whenever the process dies, there is a step at which all of them
-# can go on together.
+# can go on together. A learner leaves it only after its prompt.json or diverged.txt is written.
 
 def plan_passes(learners, size, command):
     """Group unfinished learners into passes -> [(learners, path of the checkpoint, its content or
@@ -412,7 +413,8 @@ def plan_passes(learners, size, command):
             begun_with = command_of(learner.folder)
             check(begun_with in ("", command),
                   f"{learner.folder}: unfinished, but no run of this command has its checkpoint; "
-                  f"it was begun with: {begun_with}")
+                  f"remove the folder, or go on with the command that it was begun with: "
+                  f"{begun_with}")
             # the learners of a pass have equally many sentences: then their batches are of one size
             alike[len(learner.task.lengths)].append(learner)
     for group in alike.values():
@@ -437,6 +439,7 @@ def run_pass(job, learners, path, state):
             for set_state, random in zip((torch.set_rng_state, torch.cuda.set_rng_state),
                                          state["random"]):
                 set_state(random)
+        state.clear()       # gigabytes in full fine-tuning
     else:
         for learner in learners:
             learner.log.truncate(0)
@@ -471,7 +474,7 @@ OPTIONS = """
 --device NAME=auto  cpu, cuda, cuda:1 ...; auto: a GPU if there is one
 """
 
-# Options that stand for a setting
+# Options that stand for a setting; of an adaptation, `sources` are its targets
 SETTINGS = {"steps": "train.steps", "ratio": "prompt.ratio", "data": "data.name",
             "backbone": "backbone.name", "group": "sources"}
 
@@ -500,6 +503,7 @@ def parse_arguments(argv):
         if value is not None:
             # before the others: --set has the last word; quoted, or YAML would read # and :
             args.set.insert(0, f"{name}={json.dumps(value)}")
+    # without --resume: the two are one command to plan_passes
     given = [argument for argument in argv or sys.argv[1:] if argument != "--resume"]
     args.command = f"python {in_reach('train.py')} {shlex.join(given)}"
     return args
@@ -519,11 +523,12 @@ def parse_seeds(text):
 def read_job(args):
     """Work out what the command asks for, and check it before anything is written -> a namespace:
 
-    config: all settings, resolved; cfg: the section `train` as this mode has it, and what else the
-    loop needs; source: the Run to adapt, or None; group: the name of `languages`; corpus, and data,
-    where it is (see data.locate); prompt, and later head: arguments of SoftPrompt and
-    ClassificationHead; args, mode, reads, trust (in the backbone's code), device; later max_length,
-    quiet, arrived (signals), autocast and what else prepare_backbone adds.
+    args, mode, device, reads, trust (in the backbone's code); config: all settings, resolved; cfg:
+    the section `train` as this mode has it, and what else the loop needs; source: the Run to adapt,
+    or None; group: the name of `languages`; corpus, and data, where it is (see data.locate);
+    prompt: arguments of SoftPrompt. Added later: by prepare_backbone backbone, tokenizer, identity,
+    head (arguments of ClassificationHead), max_length and pad_id, by main quiet and arrived
+    (signals), by run_pass autocast.
     """
     config = read_config(args.sources, args.set)
     trust = config["backbone"]["trust_remote_code"]
@@ -557,11 +562,14 @@ def read_job(args):
         config["data"]["max_length"] = source.meta["max_length"]
     elif mode != "dual":
         prompt["ratio"] = float(mode == "xpe")
+    check(mode != "dual" or 0 < prompt["ratio"] < 1, "prompt.ratio: DUAL needs 0 < ratio < 1")
     if mode == "full" and prompt["reads"] == "prompt":
         prompt["reads"] = "first"           # there is no prompt: position 0 is <s>
     prompt = dict(prompt)                   # SoftPrompt's arguments, but for the width
     reads = prompt.pop("reads")
-    return SimpleNamespace(**locals())
+    return SimpleNamespace(args=args, config=config, cfg=cfg, mode=mode, source=source,
+                           device=device, corpus=corpus, data=data, group=group,
+                           languages=languages, prompt=prompt, reads=reads, trust=trust)
 
 
 def check_corpus(corpus, languages, config, source):
@@ -604,7 +612,7 @@ def plan_learners(job, args):
 def prepare_backbone(job):
     """Load and check the backbone, and work out what depends on it."""
     settings = job.config["backbone"]
-    job.backbone, job.tokenizer, job.identity = load_backbone(
+    job.backbone, job.tokenizer, job.identity = load_backbone(     # the section says where, too
         settings, settings, job.device, job.cfg["amp"], job.reads, job.mode != "full")
     job.prompt["width"], width = xpe.widths(job.backbone)
     if job.source:
@@ -633,7 +641,7 @@ def prepare_learners(job, learners):
     settings = {**job.cfg, "backbone": job.identity["fingerprint"], "reads": job.reads,
                 "source": job.source and job.source.fingerprint(), "max_length": job.max_length}
     settings.update({f"prompt.{key}": value for key, value in job.prompt.items()})
-    settings.pop("learners_at_once")        # only saves memory: --resume may change it
+    settings.pop("learners_at_once")        # only saves memory: the next passes may have another
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     tasks = {}
     for learner in learners:
@@ -696,7 +704,8 @@ def report_results(learners, job):
               f"  python {in_reach('evaluate.py')} {first} --text \"Your sentence\"\n"
               f"  python {in_reach('report.py')} {scored}")
     diverged = any(outcome(folder).startswith("diverged") for folder in folders)
-    return 2 if diverged else 0
+    # torchrun would take a status for a crash and end the other processes
+    return 2 if diverged and "RANK" not in os.environ else 0
 
 
 if __name__ == "__main__":

@@ -33,13 +33,13 @@ ENCODERS = ("mlp", "lstm", "attention", "none")
 READS = ("prompt", "first", "mean", "last")         # what the classification head may look at
 
 
-def check(condition, message):
+def check(condition, message):          # as in data.py: this file stands alone
     """Raise ValueError with `message` unless `condition` holds."""
     if not condition:
         raise ValueError(message)
 
 
-# ---- Encoders: what makes rows of a prompt out of an embedding, (B, P, H) -> (B, P, H) -----------
+# ---- Encoders: from an embedding to prompt rows, (B, P, H) -> (B, P, H) --------------------------
 # Their parameters have the names that the authors' files give them.
 
 def make_mlp(n_in, hidden, n_out, layers, dropout):
@@ -60,7 +60,8 @@ class LSTMEncoder(nn.Module):
 
     def __init__(self, width, hidden, layers, dropout):
         super().__init__()
-        between_layers = dropout if layers > 1 else 0.0     # torch warns where there is no between
+        # torch warns of dropout in a single layer
+        between_layers = dropout if layers > 1 else 0.0
         self.lstm = nn.LSTM(width, hidden, layers, bidirectional=True, batch_first=True,
                             dropout=between_layers)
         self.mlp = make_mlp(2 * hidden, hidden, width, 1, dropout)
@@ -118,10 +119,10 @@ class SoftPrompt(nn.Module):
         super().__init__()
         check(0 <= ratio <= 1, f"prompt.ratio must be from 0 (SPT) to 1 (XPE), not {ratio}")
         least = 1
-        encoded = int(length * ratio)       # paper: of 20 rows 6 in DUAL-30 and 14 in DUAL-70
+        n_encoded = int(length * ratio)     # paper: of 20 rows 6 in DUAL-30 and 14 in DUAL-70
         if 0 < ratio < 1:
             least = 2                       # DUAL has rows of both kinds
-            encoded = min(max(encoded, 1), length - 1)
+            n_encoded = min(max(n_encoded, 1), length - 1)
         check(length >= least, f"prompt.length must be at least {least}, not {length}")
         check(1 <= layers <= 64, f"prompt.layers must be from 1 to 64, not {layers}")
         hidden = hidden or width // 4
@@ -132,10 +133,10 @@ class SoftPrompt(nn.Module):
         # paper: the embeddings start from N(0, 1), torch.nn.Embedding's default
         self.standard = None
         self.encoded = None
-        if encoded < length:
-            self.standard = nn.Parameter(torch.randn(length - encoded, width))
-        if encoded > 0:
-            self.encoded = nn.Parameter(torch.randn(encoded, width))
+        if n_encoded < length:
+            self.standard = nn.Parameter(torch.randn(length - n_encoded, width))
+        if n_encoded > 0:
+            self.encoded = nn.Parameter(torch.randn(n_encoded, width))
             self.encoder = make_encoder(encoder, width, hidden, layers, dropout, heads)
 
     def forward(self, batch_size=1):
@@ -193,7 +194,7 @@ def widths(backbone):
 
 def positions(backbone):
     """How many positions a sequence may have. RoBERTa's count from after the padding index: its 514
-    are 512. A model without a limit says so with none, or with one below 1 (XLNet)."""
+    are 512. A model without a limit states none, or one below 1 (XLNet)."""
     config = getattr(backbone, "config", None)
     limit = getattr(config, "max_position_embeddings", None)
     if limit is None or limit < 1:

@@ -68,6 +68,7 @@ def test_groups_of_the_paper():
     ("adapt: {batch_size: 4}", "", "adapt['batch_size'] == 4"),       # a key that adapt lacks
     ("full: {epochs: 3}", "full.steps=9", "full['epochs'] == train['epochs'] == 0"),
     ("", "full.steps=9 full.epochs=2", "full['epochs'] == 2"),
+    ("", "adapt.steps=9", "full['epochs'] == 10"),
     # a text becomes what the default is
     ("train: {rate: 5e-5}", "train.clip=1", "(train['rate'], str(train['clip'])) == (5e-5, '1.0')"),
     ("train: {steps: 011}", "", "train['steps'] == 11"),

@@ -228,7 +228,7 @@ def test_what_is_scored_already(world, one, tmp_path):
         data.read_tsv.cache_clear()         # as in another process
         table, _ = score(f"{one} {options}")
         again, _ = score(str(one))
-        assert "scored already" not in table and "scored already; --again" in again
+        assert "scored already" not in table and "scored already (precision off)" in again
         assert table.splitlines()[:5] == again.splitlines()[:5]
 
 
@@ -330,6 +330,7 @@ def test_another_backbone_or_tokenizer_is_told(world, tmp_path):
     _, err = score(f"{folder} --text star")
     assert re.search("run: .*fingerprint was '0000000000000000'.*tokenizer was '1111111111111111'",
                      err)
+    assert "not written" in score(str(folder))[0] and not (folder / "test.csv").exists()
 
 
 # ---- Raw text ------------------------------------------------------------------------------------
@@ -406,10 +407,12 @@ def test_several_runs_answer_each_text_on_one_line(world, tmp_path):
     ("RUN --text caf\udce9", "--text: .*utf-8"),
     ("RUN --out RUN/prompt.json/x", "prompt.json/x"),
     ("RUN COPY --out BROKEN/out", "two runs would write to the same folder"),
+    ("RUN --out BROKEN/copy --again", "another trained run"),
     ("BROKEN --text star", "not finite numbers .computed in precision")])
 def test_bad_command_lines(world, one, tmp_path, arguments, message):
     """Catches: a traceback, a message without the way out, a run that answers with NaN."""
     copy = shutil.copytree(one, tmp_path / "copy" / one.name)
+    (copy / "metrics.jsonl").touch()
     modules, meta = runs.load_prompt(one)
     modules["head"].out_proj.weight.data.fill_(3e38)
     runs.save_prompt(one / "..", modules, meta)

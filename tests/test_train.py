@@ -395,6 +395,7 @@ def test_an_existing_folder_is_not_written_over(world, usual, change):
 
 @pytest.mark.parametrize("arguments, message", [
     ("", "--mode .*spt, xpe"),
+    ("--mode dual --ratio 1", "DUAL needs 0 < ratio < 1"),
     ("--mode spt --ratio 0.3", "--ratio goes with --mode dual"),
     ("--mode xpe --steps 0", "train.steps must be at least 1"),
     ("--mode xpe --group othrs", r"no group 'othrs' .did you mean others"),
