@@ -10,6 +10,7 @@ is a word where a word is wanted.
     resolve_group(config, "all_without_joshi5")                         # 198 language codes
 """
 import json
+from contextlib import suppress
 
 import yaml
 
@@ -28,7 +29,7 @@ CHOICES = {
     "class_weights": ("none", "balanced"),
 }
 # Settings that cannot be zero; in others, epochs for one, 0 has a meaning of its own.
-AT_LEAST_ONE = ("steps", "batch_size", "accumulate", "learners_at_once")
+AT_LEAST_ONE = ("batch_size", "accumulate", "learners_at_once")
 SHARES = ("warmup", "patience_after")       # of the steps, not percent
 
 
@@ -96,10 +97,10 @@ def read_default(value):
     else as it stands."""
     if isinstance(value, dict):
         return {key: read_default(part) for key, part in value.items()}
-    try:
-        return json.loads(value)
-    except (ValueError, TypeError):     # a word, or a group's list
-        return value
+    for kind in (json.loads, int, float):
+        with suppress(ValueError, TypeError):       # of a word, or a group's list
+            return kind(value)
+    return value
 
 
 def lay_over(config, layer, where):

@@ -203,8 +203,9 @@ class Scores:
                   f"{self.folder} is another trained run: --out FOLDER writes elsewhere")
         if "adapted_to" in run.meta:
             languages = languages or [run.meta["adapted_to"]]
+        read = corpus.read if languages else corpus.read_any
         self.sentences = [(code, sentence) for code in languages or corpus.files
-                          for sentence in corpus.read_any(code, split)]
+                          for sentence in read(code, split)]
         check(self.sentences, f"{corpus.root}: no language has a file {split}.tsv")
         self.facts = {"prompt": run.fingerprint(), "backbone": run.meta["backbone"],
                       "data": fingerprint(self.sentences)}
@@ -303,12 +304,11 @@ def group_scores(scores):
 def score_runs(runs, split, languages, device, amp, out=None, again=False):
     """Score runs and print tables -> list of Scores.
 
-    languages: codes, by default all (of an adapted prompt its own); those without this split are
-    left out. Files go to `out`/<name of the run>, by default to each run's own folder. If
-    `languages` are given, or backbone or data are not the run's own, nothing is written unless
-    `out` is given. A released prompt has its scores in runs/<name>. again=False: a run with scores
-    of the same prompt, data and backbone is shown, not computed, and what is in `out` is not
-    written over (ValueError).
+    languages: codes, by default all with this split (of an adapted prompt its own). Files go to
+    `out`/<name of the run>, by default to each run's own folder. If `languages` are given, or
+    backbone or data are not the run's own, nothing is written unless `out` is given. A released
+    prompt has its scores in runs/<name>. again=False: a run with scores of the same prompt, data
+    and backbone is shown, not computed, and what is in `out` is not written over (ValueError).
     """
     scores = [Scores(run, split, languages, out, again) for run in runs]
     folders = [score.folder for score in scores if score.folder]
@@ -370,6 +370,7 @@ def classify(runs, texts, device, amp):
     with reading("--text"):
         "".join(texts).encode()             # what the shell passed may not be UTF-8
     known = [text for text in texts if text.strip()]
+    check(known, "--text: nothing to classify")
     for run in runs:
         name = f"{run.name}\t" if len(runs) > 1 else ""
         labels, probabilities = Classifier([run], device, amp)(known)

@@ -80,7 +80,8 @@ class ScoredRun:
         self.sentences = {}
         self.hits = {}
         self.scores = {}
-        for language, lines in groupby(read_csv(predictions), itemgetter("language")):
+        rows = sorted(read_csv(predictions), key=itemgetter("language"))
+        for language, lines in groupby(rows, itemgetter("language")):
             answers = map(itemgetter("index_id", "label", "predicted"), lines)
             ids, labels, predicted = zip(*answers)
             self.sentences[language] = (ids, labels)

@@ -250,7 +250,8 @@ class Run:
     def changes(self, identity):
         """Type, weights and tokenizer (see backbone.load_backbone) against those of its training ->
         "fingerprint was ..., not ...", or "" if they are the same or it does not say."""
-        return differences(self.meta["backbone"], identity, ("name", "revision", "folder"))
+        own = {**self.meta, **self.meta["backbone"]}
+        return differences(own, identity, ("name", "revision", "folder"))
 
     def fingerprint(self):
         """A short hash of the trained tensors."""

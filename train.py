@@ -541,6 +541,7 @@ def read_job(args):
     changes = config.get("adapt" if source else mode, {})
     cfg = {**config["train"], **changes, "mode": mode,
            "dropout": config["backbone"]["dropout"]}
+    check(cfg["steps"] or cfg["epochs"], "train.steps must be at least 1")
     device = pick_device(args.device)
     cfg["amp"] = pick_precision(cfg["amp"], device)
     corpus, data = open_corpus(config["data"])
@@ -589,9 +590,9 @@ def check_corpus(corpus, languages, config, source):
     if source:      # each target has a run of its own, which goes on from the sources
         before = [code for code in source.sources if code in known]
         pairs = [([*before, code], [code]) for code in languages]
-    for trained, scored in pairs:
-        for line in find_leaks(corpus, trained, scored):
-            warn(line)
+    lines = sum((find_leaks(corpus, trained, scored) for trained, scored in pairs), [])
+    for line in dict.fromkeys(lines):
+        warn(line)
 
 
 def plan_learners(job, args):

@@ -9,7 +9,7 @@ import pytest
 
 import train
 from data import HERE
-from config import dump_config, read_config, resolve_group, resolve_targets
+from config import dump_config, read_config, read_default, resolve_group, resolve_targets
 
 
 def write(folder, text):
@@ -40,6 +40,12 @@ full: {epochs: 10, accumulate: 2, optimizer: adamw, rate: 1e-5}
 def test_the_recipe_is_the_papers(tmp_path):
     """Catches: a default that moved away from the paper while the file was edited."""
     assert read_config(write(tmp_path, PAPER)) == read_config()
+
+
+def test_what_an_edited_default_is():
+    """Catches: a number in config.yaml that becomes text, and with it all that is laid over it."""
+    texts = ["5e-5", ".5", "1.", "010", "true", "off"]
+    assert list(map(read_default, texts)) == [5e-5, 0.5, 1.0, 10, True, "off"]
 
 
 def test_groups_of_the_paper():

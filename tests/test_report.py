@@ -45,10 +45,12 @@ def write_run(folder, kind, seed, right, config=CONFIG, **changes):
     (folder / "prompt.json").write_text(json.dumps({**meta, **changes}))
     (folder / "prompt.safetensors").touch()
     (folder / "config.yaml").write_text(json.dumps(config))
-    lines = ["language,index_id,label,predicted"]
+    lines = {"language,index_id,label,predicted": -1}
     for language, answers in right.items():
-        lines += [f"{language},{n},yes,{'yes' if ok else 'no'}" for n, ok in answers.items()]
-    (folder / "test_predictions.csv").write_text("\n".join(lines))
+        for place, (n, ok) in enumerate(answers.items()):
+            lines[f"{language},{n},yes,{'yes' if ok else 'no'}"] = place
+    # the languages need not be one after the other
+    (folder / "test_predictions.csv").write_text("\n".join(sorted(lines, key=lines.get)))
 
 
 def write(root, method, seeds, gain=0, **changes):
