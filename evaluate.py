@@ -2,8 +2,9 @@
 
 The paper's zero-shot evaluation: a prompt that was trained on the sources answers for all other
 languages, and the figure of a target group is the mean over its languages. A RUN is a folder that
-train.py left, a folder of the authors' release, or its name on the hub (name@branch). Runs of one
-backbone are scored in one pass: at inference, each is a matrix of prompt rows and a head.
+train.py left, a folder of the authors' release, or its name on the hub (name@branch); the scores
+of a released prompt go to runs/<name>. Runs of one backbone are scored in one pass: at inference,
+each is a matrix of prompt rows and a head.
 
     python evaluate.py runs/xpe-joshi5-s11      # a table; test.csv, .json and _predictions.csv
     python evaluate.py runs/xpe-joshi5-s11 --text "The match was decided in the last minute."
