@@ -25,31 +25,28 @@ A backbone of another size, without its weights:
     transformers.XLMRobertaModel(config).save_pretrained("large")
     transformers.AutoTokenizer.from_pretrained(NAME_OR_FOLDER).save_pretrained("large")
 
-Measured with the seven sources of Joshi5 and a floor of the size of each contender (the line shows
-that of ours x 1): torch 2.13, transformers 5.23, micm-nlp 0.5.1; texts of SIB-200; one thread; no
-other program running.
+Measured on one thread of a CPU with bf16 instructions (AMD EPYC, AVX512-bf16), no other program
+running; torch 2.13, transformers 5.23, micm-nlp 0.5.1; 3 layers x 192, the seven sources of Joshi5:
 
-    --learners 1,10,toolkit --steps 20 --turns 5, 3 layers x 192 with 12,000 word pieces, on a CPU
-    without bf16 instructions (AMD EPYC, AVX2): float32, sdpa
-                sentences/s  of floor
-    floor                71      1.00
-    ours x 1            101      1.33
-    ours x 10           110      1.56
-    toolkit              71      0.87
-    evaluation: ours    319      1.37
+    python bench.py --sources config.yaml --backbone sample/backbone --data SIB200
+        --learners 1,10,toolkit, and
 
-    --learners 1,3,10,toolkit --steps 100 --turns 3, 3 layers x 192 with XLM-R's vocabulary, on a
-    CPU with bf16 instructions (AMD EPYC, AVX512-bf16): bf16, eager (the toolkit: sdpa in autocast)
-    floor               264      1.00
-    ours x 1            369      1.32
-    ours x 3            379      1.45
-    ours x 10           318      1.42
-    toolkit             206      0.85
-    evaluation: ours    843      1.21
+                  --steps 60 --turns 3       --steps 40 --turns 2 --set train.amp=off
+                  bf16, eager (the toolkit:  float32, sdpa
+                  sdpa in autocast)
+                  sentences/s  of floor      sentences/s  of floor
+    floor                 175      1.00              113      1.00
+    ours x 1              224      1.25              151      1.34
+    ours x 10             142      1.04               63      0.66
+    toolkit               145      0.85               95      0.84
+    evaluation: floor     542      1.00              295      1.00
+    evaluation: ours      703      1.25              388      1.32
 
-Ten learners take a tenth of the steps of a turn, and these happen to be of longer texts: compare
-the ratios, not sentences a second. Ours is faster than the bare backbone because its last layer
-computes one position and its dropout is cheap: see speed.py. No GPU has been measured.
+Ten learners take a tenth of the steps of a turn, four to six, and these happen to be of longer
+texts. With --steps 20, two steps, they reached 1.10 in float32 (beside another program), so on a
+CPU their ratio depends on the texts; how much of that is length and how much memory is not known.
+Ours x 1 is faster than the bare backbone because its last layer computes one position and its
+dropout is cheap: see speed.py. No GPU has been measured.
 """
 import tempfile
 

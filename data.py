@@ -362,12 +362,12 @@ def token_batches(lengths, budget, extra=0):
 def locate(where, kind="model", patterns=None):
     """Find a corpus, a backbone or a run -> (folder, identity: {name, revision, folder}).
 
-    where: {name, revision}, plus `folder` if it was a local folder when the run was trained. A
-    folder that exists, here or in this repository, is used, and its revision is "local". The hub is
-    asked neither for what was a folder nor for a mistyped path (a missing folder in one that
-    exists). On the hub, kind is "dataset" or "model"; the files that match `patterns` come in one
-    snapshot, and the revision is the commit. Without patterns the name itself is returned, for
-    transformers to fetch. ValueError in one line.
+    where: {name, revision}, and it may have a `folder`, which is tried first: where it was when the
+    run was trained. A folder that exists, here or in this repository, is used, and its revision is
+    "local". The hub is asked neither for what was a folder nor for a mistyped path (a missing
+    folder in one that exists). On the hub, kind is "dataset" or "model"; the files that match
+    `patterns` come in one snapshot, and the revision is the commit. Without patterns the name
+    itself is returned, for transformers to fetch. ValueError in one line.
     """
     name = where["name"]
     revision = where["revision"]

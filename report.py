@@ -41,8 +41,8 @@ from data import (HERE, check, fingerprint, make_parser, nearest, read_text, rea
 from evaluate import group_means
 from runs import differences, method_name, read_json, why_no_run, write_atomically, write_csv
 
-# Settings that only save memory, and those that differ between adapted runs by design
-NO_RECIPE = ("learners_at_once", "tokens", "data", "source")
+# Settings that differ between adapted runs by design
+NO_RECIPE = ("data", "source")
 
 
 def read_csv(path):

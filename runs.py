@@ -23,7 +23,7 @@ from torch import nn
 
 import xpe
 from config import read_config
-from data import check, locate, reading, short_hash, warn
+from data import check, locate, read_text, reading, short_hash, warn
 
 try:
     import fcntl        # locks a run folder; Windows has none: two commands could train one run
@@ -177,7 +177,7 @@ def outcome(folder):
 def command_of(folder):
     """The command that a run was begun with: the first line of its config.yaml."""
     path = folder / "config.yaml"
-    return path.read_text().partition("\n")[0].removeprefix("# ") if path.is_file() else ""
+    return read_text(path).partition("\n")[0].removeprefix("# ") if path.is_file() else ""
 
 
 def save_checkpoint(path, learners, step):

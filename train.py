@@ -56,7 +56,10 @@ warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
 # ---- The data of a task --------------------------------------------------------------------------
 
 class Task:
-    """Training and dev sentences of some languages, tokenized; all seeds share them."""
+    """Training and dev sentences of some languages, tokenized; all seeds share them.
+
+    .ids, .labels: {"train" or "dev": token ids of n texts, tensor (n,)}; .lengths (n,) in training.
+    """
 
     def __init__(self, job, languages):
         cfg = job.cfg
@@ -595,7 +598,7 @@ def check_corpus(corpus, languages, config, source):
         warn(line)
 
 
-def plan_learners(job, args):
+def plan_learners(job):
     """-> a Learner for each seed; with a source run, for each seed and target language."""
     source = job.source
     if source:
@@ -605,6 +608,7 @@ def plan_learners(job, args):
     else:
         name = f"{method_name(job.mode, job.prompt)}-{job.group}"
         plans = [(name, {"sources": job.languages})]
+    args = job.args
     seeds = parse_seeds(args.seeds or str(source.meta.get("seed", 11) if source else 11))
     return [Learner(args.out / f"{name}-s{seed}", seed, {"seed": seed, **facts})
             for seed in seeds for name, facts in plans]
@@ -670,7 +674,7 @@ def main(argv=None):
     rank = int(os.environ.get("RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     job.quiet = rank > 0
-    learners = plan_learners(job, args)[rank::world_size]
+    learners = plan_learners(job)[rank::world_size]
     for learner in learners:
         folder = learner.folder
         check(args.resume or not folder.exists(),

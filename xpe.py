@@ -155,7 +155,7 @@ class SoftPrompt(nn.Module):
     @torch.no_grad()
     def collapse(self):
         """The SPT with the same rows: at inference each of the three prompts is a matrix (P, H)."""
-        rows = copy.deepcopy(self).eval()(1)[0]
+        rows = copy.deepcopy(self).eval()(1)[0]         # (P, H)
         collapsed = SoftPrompt(self.config["width"], self.length, ratio=0.0)
         collapsed.standard = nn.Parameter(rows)
         return collapsed
@@ -252,7 +252,7 @@ class PromptedClassifier(nn.Module):
         check(P + T <= limit, f"{P} prompt rows + {T} text tokens = {P + T} exceed the {limit} "
                               f"positions of the backbone: a text may have {limit - P} tokens")
         # Left padding would shift the positions of the text. Looked for on the CPU only: on a GPU
-        # the look would make every step wait.
+        # reading the mask would make every step wait.
         if attention_mask.device.type == "cpu":
             check(attention_mask[:, 0].all(),
                   "a text of this batch begins with padding: pad on the right")
